@@ -1,0 +1,60 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12: the first run installs into .venv.
+#   make demo PYTHON=/path/to/python3.12      another interpreter
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench check clean
+.DELETE_ON_ERROR:
+
+# The first that runs: a pyenv shim for a version that is not there is found, but fails.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+SPEC ?= examples/local.yaml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+help:
+	@echo "make demo     serve examples/local.yaml, show one answer and where its time went"
+	@echo "make test     all tests; make test ARGS='-m \"not e2e\"' leaves out the slow ones"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   ruff's formatting"
+	@echo "make bench    load a running server: make bench ARGS='--url http://127.0.0.1:8000'"
+	@echo "make check    resolve a spec and print its cost: make check SPEC=examples/local.yaml"
+	@echo "make clean    remove .venv, caches and build output"
+
+# torch comes first and by its exact version, so that the resolver has no other build to choose.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; try PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH)"
+	@$(PIP) "$(TORCH)"
+	@echo "installing PageRelay and what it needs (a few minutes the first time)"
+	@$(PIP) -c constraints.txt -e ".[demo,test,lint,bench]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m pd.bench.demo $(SPEC)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	@$(BIN)/pd bench serve $(ARGS)
+
+check: $(INSTALLED)
+	@$(BIN)/pd check $(SPEC)
+
+clean:
+	rm -rf $(VENV) build dist bench-results .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""Page hashes: names of content, never of ranks or places (rule 3).
+
+A page's hash covers its tokens and, through its parent's hash, every token before them and the
+namespace in which they mean something: model fingerprint, cache salt, adapter. Two pages with the
+same hash hold the same KV bytes for the same heads and layers, on whatever replica. Only full pages
+have a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HASH_BYTES = 32
+_ROOT_VERSION = b"pagerelay root 1"
+
+
+def root_hash(fingerprint: str, cache_salt: str = "", adapter: str = "") -> bytes:
+    """The parent hash of a sequence's first page.
+
+    `fingerprint` names everything else that KV bytes depend on: weights, revision, dtype. The parts
+    are length-prefixed, so that no two different triples encode alike.
+    """
+    digest = hashlib.sha256(_ROOT_VERSION)
+    for part in (fingerprint, cache_salt, adapter):
+        # Client-supplied salts may hold lone surrogates, which plain UTF-8 refuses.
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(struct.pack("<Q", len(data)))
+        digest.update(data)
+    return digest.digest()
+
+
+def page_hashes(
+    tokens: npt.NDArray[np.int32] | Sequence[int], page_tokens: int, parent: bytes
+) -> list[bytes]:
+    """Digests of the full pages of `tokens`: sha256(parent || tokens as little-endian u32),
+    chained.
+
+    `tokens` starts at a page boundary, after the page with hash `parent` (or at the root).
+    Raises ValueError when a token is not an unsigned 32-bit number.
+    """
+    if page_tokens < 1:
+        raise ValueError(f"page_tokens must be positive, got {page_tokens}")
+    data = _token_bytes(tokens)
+    stride = 4 * page_tokens
+    sha256 = hashlib.sha256
+    hashes = []
+    for start in range(0, len(data) - stride + 1, stride):
+        parent = sha256(parent + data[start : start + stride]).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def _token_bytes(tokens: npt.NDArray[np.int32] | Sequence[int]) -> bytes:
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return b""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be a row of integers, got {array.dtype} {array.shape}")
+    if array.min() < 0 or (array.dtype.itemsize > 4 and array.max() > 0xFFFFFFFF):
+        raise ValueError("token ids must lie between 0 and 2**32 - 1")
+    return array.astype("<u4", copy=False).tobytes()

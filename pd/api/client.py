@@ -1,0 +1,372 @@
+"""Requests of one API process: submitted to decode leaders, answered as streams of `Output`.
+
+Knows messages and the router; no HTTP, no text, no socket. `send` must not block. Everything runs
+on one event loop; no locks.
+
+Every stream ends in exactly one `Output` with a finish reason, whatever happens: the leader's last
+output, an error because a replica is gone, because the deadline has passed or because the leader
+broke the protocol, or "abort" because the stream was closed. Ending a request early sends `Abort`
+to the decode leader, which owns all that the request holds elsewhere. What still arrives for an
+ended request is counted and dropped.
+
+A stream holds what was not read yet, merged into one `Output`; `max_tokens` bounds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from hicache.keys import page_hashes, root_hash
+from pd.messages import (
+    Abort,
+    AnyMessage,
+    FinishReason,
+    Generate,
+    Heartbeat,
+    Output,
+    Outputs,
+    RequestStats,
+    SamplingParams,
+    pack_ints,
+)
+from pd.router import NoReplica, Placement, ReplicaState, Router
+from pd.spec import Role
+
+LEADER_HEAD_START = 0.05
+"""The client's deadline is this fraction later than the leader's, whose error says more."""
+
+
+class Failure(enum.Enum):
+    """Why a request ended with finish_reason "error"."""
+
+    ENGINE = "engine_error"
+    REPLICA_LOST = "replica_lost"
+    TIMEOUT = "timeout"
+
+
+@dataclass(slots=True)
+class ClientCounters:
+    """Messages that changed nothing."""
+
+    late_outputs: int = 0
+    unexpected_messages: int = 0
+
+
+class OutputStream:
+    """One request's outputs, merged as far as they were not read; iterate, or `merge` several.
+
+    Closing is idempotent and immediate. Times are the event loop's, in seconds.
+    """
+
+    def __init__(
+        self, owner: EngineClient, generate: Generate, wake: asyncio.Event, deadline_s: float
+    ) -> None:
+        self._owner = owner
+        self._pending: list[Output] = []
+        self._wake = wake
+        self._taken_last = False
+        self.generate = generate
+        self.placement: Placement | None = None
+        """None: not submitted yet."""
+        self.siblings: list[OutputStream] = []
+        """Not submitted before this stream's first token has come."""
+        self.timer: asyncio.TimerHandle | None = None
+        self.submitted_s = asyncio.get_running_loop().time()
+        self.deadline_s = deadline_s
+        self.first_token_s: float | None = None
+        self.ended_s: float | None = None
+        self.num_tokens = 0
+        self.stats: RequestStats | None = None
+        """The latest that came with an output."""
+        self.failure: Failure | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_s is not None
+
+    def close(self) -> None:
+        """End the request with finish_reason "abort", unless it has ended."""
+        self._owner.end(self, "abort", tell_leader=True)
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._taken_last:
+            raise StopAsyncIteration
+        while (output := self.try_take()) is None:
+            self._wake.clear()
+            await self._wake.wait()
+        return output
+
+    def try_take(self) -> Output | None:
+        """All that arrived since the last call as one Output; None when nothing did."""
+        if not self._pending:
+            return None
+        outputs, self._pending = self._pending, []
+        last = outputs[-1]
+        self._taken_last = last.finish_reason is not None
+        if len(outputs) == 1:
+            return last
+        return msgspec.structs.replace(
+            last,
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        )
+
+    def put(self, output: Output) -> None:
+        """For the client only."""
+        self._pending.append(output)
+        self._wake.set()
+
+
+async def merge(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, Output]]:
+    """(index, output) of streams that were submitted together, until each has ended."""
+    reading = dict(enumerate(streams))
+    while reading:
+        for index, stream in list(reading.items()):
+            output = stream.try_take()
+            if output is not None:
+                if output.finish_reason is not None:
+                    del reading[index]
+                yield index, output
+        wake = streams[0]._wake
+        while reading and not any(stream._pending for stream in reading.values()):
+            wake.clear()
+            await wake.wait()
+
+
+class EngineClient:
+    def __init__(
+        self, send: Callable[[str, AnyMessage], None], router: Router, page_tokens: int
+    ) -> None:
+        self._send = send
+        self._page_tokens = page_tokens
+        self._fingerprint: str | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self.router = router
+        self.counters = ClientCounters()
+
+    # ----------------------------------------------------------------------- what the node reports
+
+    def set_fingerprint(self, fingerprint: str) -> None:
+        """Of the model that the replicas serve; nothing is served before it is known."""
+        self._fingerprint = fingerprint
+
+    def on_peer_up(self, name: str, role: Role) -> None:
+        """`name` may be given requests; after a restart, report it down first."""
+        self.router.update(name, role, None)
+
+    def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
+        """End the requests that decode on `name`, or wait for it to prefill, with an error."""
+        self.router.remove(name)
+        for stream in list(self._streams.values()):
+            placement = stream.placement
+            if placement is None:
+                continue
+            if placement.decode == name:
+                text = f"decode replica {name} was lost: {reason}"
+                self.end(stream, "error", text, Failure.REPLICA_LOST)
+            elif placement.prefill == name and stream.num_tokens == 0:
+                text = f"prefill replica {name} was lost: {reason}"
+                self.end(stream, "error", text, Failure.REPLICA_LOST, tell_leader=True)
+
+    def on_message(self, sender: str, message: AnyMessage) -> None:
+        match message:
+            case Outputs():
+                for output in message.outputs:
+                    self._on_output(sender, output)
+            case Heartbeat():
+                role = self.router.role_of(sender)
+                if role is not None:
+                    self.router.update(sender, role, message.load)
+            case _:
+                self.counters.unexpected_messages += 1
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def replicas(self) -> list[ReplicaState]:
+        return self.router.replicas()
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        cache_salt: str = "",
+        timeout_s: float = 600.0,
+    ) -> OutputStream:
+        """Place and send one request. Raises Overloaded or NoReplica, and then nothing was sent."""
+        return self.submit_all([(prompt_ids, sampling)], 1, cache_salt, timeout_s)[0]
+
+    def submit_all(
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        n: int = 1,
+        cache_salt: str = "",
+        timeout_s: float = 600.0,
+    ) -> list[OutputStream]:
+        """`n` streams per (token ids, sampling), prompt by prompt, all admitted or none.
+
+        Choice i of a prompt has the seed `sampling.seed + i` (mod 2**64). Choices after the first
+        are sent when the first one's first token has come, so that they find the prompt's pages in
+        the cache; until then they end as the first one ends. Raises Overloaded or NoReplica, and
+        then nothing was sent.
+        """
+        if self._fingerprint is None:
+            raise NoReplica("decode")
+        root = root_hash(self._fingerprint, cache_salt)
+        hashes = [b"".join(page_hashes(prompt, self._page_tokens, root)) for prompt, _ in prompts]
+        self.router.admit(len(prompts) * n)
+        placements: list[Placement] = []
+        try:
+            placements.extend(self.router.place(len(prompt)) for prompt, _ in prompts)
+        except NoReplica:
+            for _ in range(len(prompts) * n):
+                self.router.release()
+            raise
+        wake = asyncio.Event()
+        streams = []
+        for i, placement in enumerate(placements):
+            prompt, sampling = prompts[i]
+            tokens = pack_ints(list(prompt))
+            choices = []
+            for choice in range(n):
+                seed = (sampling.seed + choice) % 2**64
+                generate = Generate(
+                    request_id=secrets.token_hex(16),
+                    prompt=tokens,
+                    root=root,
+                    page_hashes=hashes[i],
+                    sampling=msgspec.structs.replace(sampling, seed=seed),
+                    prefill="",
+                    timeout_s=timeout_s,
+                )
+                choices.append(self._open(generate, wake, timeout_s))
+            choices[0].siblings = choices[1:]
+            self._start(choices[0], placement)
+            streams += choices
+        return streams
+
+    def _open(self, generate: Generate, wake: asyncio.Event, timeout_s: float) -> OutputStream:
+        loop = asyncio.get_running_loop()
+        stream = OutputStream(self, generate, wake, loop.time() + timeout_s)
+        stream.timer = loop.call_later(
+            timeout_s * (1 + LEADER_HEAD_START), self._on_deadline, stream
+        )
+        self._streams[generate.request_id] = stream
+        return stream
+
+    def _start(self, stream: OutputStream, placement: Placement) -> None:
+        stream.placement = placement
+        remaining_s = max(stream.deadline_s - asyncio.get_running_loop().time(), 0.0)
+        stream.generate = msgspec.structs.replace(
+            stream.generate, prefill=placement.prefill, timeout_s=remaining_s
+        )
+        self._send(placement.decode, stream.generate)
+
+    def _start_siblings(self, stream: OutputStream) -> None:
+        siblings, stream.siblings = stream.siblings, []
+        for sibling in siblings:
+            if sibling.is_ended:
+                continue
+            try:
+                num_tokens = len(sibling.generate.prompt) // 4
+                self._start(sibling, self.router.place(num_tokens, beside=stream.placement))
+            except NoReplica as error:
+                self.end(sibling, "error", str(error), Failure.REPLICA_LOST)
+
+    def _on_output(self, sender: str, output: Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None or stream.placement is None or stream.placement.decode != sender:
+            self.counters.late_outputs += 1
+            return
+        stream.num_tokens += len(output.token_ids)
+        if output.stats is not None:
+            stream.stats = output.stats
+        if stream.num_tokens > stream.generate.sampling.max_tokens:
+            text = (
+                f"replica {sender} sent {stream.num_tokens} tokens of at most "
+                f"{stream.generate.sampling.max_tokens}"
+            )
+            self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
+            return
+        if output.token_ids and stream.first_token_s is None:
+            stream.first_token_s = asyncio.get_running_loop().time()
+            self._start_siblings(stream)
+        if output.finish_reason is None:
+            stream.put(output)
+        else:
+            failure = Failure.ENGINE if output.finish_reason == "error" else None
+            self._forget(stream, failure)
+            stream.put(output)
+            self._end_siblings(stream, output.finish_reason, output.error, failure)
+
+    def _on_deadline(self, stream: OutputStream) -> None:
+        if stream.placement is None:
+            stage = "waiting for the first choice's prompt to be prefilled"
+        elif stream.num_tokens == 0:
+            prefill = stream.placement.prefill or stream.placement.decode
+            stage = (
+                f"waiting for the first token (prefill on {prefill}, decode on "
+                f"{stream.placement.decode})"
+            )
+        else:
+            stage = (
+                f"decoding on {stream.placement.decode}, {stream.num_tokens} of at most "
+                f"{stream.generate.sampling.max_tokens} tokens done"
+            )
+        text = f"the request's time is up while {stage}"
+        self.end(stream, "error", text, Failure.TIMEOUT, tell_leader=True)
+
+    def end(
+        self,
+        stream: OutputStream,
+        finish_reason: FinishReason,
+        error: str = "",
+        failure: Failure | None = None,
+        *,
+        tell_leader: bool = False,
+    ) -> None:
+        """End a request from this side, and its siblings that were not sent; nothing when it has
+        ended."""
+        if stream.is_ended:
+            return
+        self._forget(stream, failure)
+        if tell_leader and stream.placement is not None:
+            self._send(stream.placement.decode, Abort(stream.generate.request_id))
+        stream.put(
+            Output(
+                stream.generate.request_id,
+                (),
+                finish_reason=finish_reason,
+                error=error,
+                stats=stream.stats,
+            )
+        )
+        self._end_siblings(stream, finish_reason, error, failure)
+
+    def _end_siblings(
+        self, stream: OutputStream, finish_reason: FinishReason, error: str, failure: Failure | None
+    ) -> None:
+        siblings, stream.siblings = stream.siblings, []
+        for sibling in siblings:
+            self.end(sibling, finish_reason, error, failure)
+
+    def _forget(self, stream: OutputStream, failure: Failure | None) -> None:
+        stream.ended_s = asyncio.get_running_loop().time()
+        stream.failure = failure
+        if stream.timer is not None:
+            stream.timer.cancel()
+        del self._streams[stream.generate.request_id]
+        self.router.release()
+
+    def check_integrity(self) -> None:
+        """Admission counts exactly the open streams, and none of them has ended."""
+        assert self.router.in_flight == len(self._streams)
+        assert not any(stream.is_ended for stream in self._streams.values())

@@ -1,0 +1,480 @@
+"""The `pd` command.
+
+Heavy modules (ray, torch, transformers, aiohttp) are imported by the command that needs them, so
+that `pd --help` and `pd status` answer at once. Errors are one line on stderr: exit code 2 for what
+the user wrote, 1 for what failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pd.cost import Cost
+    from pd.spec import ClusterSpec
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    name="pd",
+    help="Serve large language models with prefill and decode on separate workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec (YAML).")]
+Url = Annotated[str, typer.Option(help="A running server.")]
+Key = Annotated[str, typer.Option(envvar="PAGERELAY_API_KEY", help="API key.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class _Failure(Exception):
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> None:
+    try:
+        app()
+    except _Failure as failure:
+        print(f"pd: {failure}", file=sys.stderr)
+        sys.exit(failure.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `pd status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _load_spec(path: Path) -> ClusterSpec:
+    from pd.spec import SpecError, load_spec
+
+    try:
+        return load_spec(path)
+    except SpecError as error:
+        raise _Failure(str(error).replace("\n", "\npd: "), 2) from error
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# serve
+
+
+@app.command()
+def serve(
+    spec: SpecPath,
+    host: Annotated[str | None, typer.Option(help="Instead of api.host.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of api.port.")] = None,
+) -> None:
+    """Start a cluster and serve until Ctrl-C or SIGTERM."""
+    loaded = _load_spec(spec)
+    changes = {"host": host, "port": port}
+    api = loaded.api.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    loaded = loaded.model_copy(update={"api": api})
+
+    from pd.cluster.controller import StartError
+    from pd.cluster.controller import serve as run
+    from pd.cost import UnsupportedModelError
+    from pd.models import ModelError
+    from pd.spec import SpecError
+
+    def progress(message: str) -> None:
+        print(f"  {message}", file=sys.stderr, flush=True)
+
+    def ready(url: str) -> None:
+        shape = ", ".join(f"{role.replicas.min} {name}" for name, role in loaded.roles.items())
+        print(f"ready: {url} ({loaded.name}: {shape})", flush=True)
+
+    try:
+        run(loaded, progress, ready)
+    except (SpecError, ModelError, UnsupportedModelError) as error:
+        raise _Failure(str(error), 2) from error
+    except StartError as error:
+        raise _Failure(str(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# check
+
+
+@app.command()
+def check(spec: SpecPath, as_json: AsJson = False) -> None:
+    """Print the resolved spec and what it costs: ranks, pages, memory, the longest context."""
+    loaded = _load_spec(spec)
+    from pd.cost import UnsupportedModelError, describe, estimate_cost, load_config, weights_bytes
+    from pd.models import ModelError, resolve_model
+    from pd.spec import SpecError
+
+    def progress(message: str) -> None:
+        print(f"  {message}", file=sys.stderr, flush=True)
+
+    try:
+        folder = resolve_model(loaded.model.path, progress=progress, weights=False)
+        config = load_config(folder)
+        weights = weights_bytes(folder, loaded.model.dtype)
+        cost = estimate_cost(loaded, config, weights, _free_memory(loaded))
+    except (SpecError, ModelError, UnsupportedModelError) as error:
+        raise _Failure(f"{spec}: {error}", 2) from error
+    resolved = loaded.model_dump(mode="json")
+    resolved["api"]["keys"] = ["***"] * len(loaded.api.keys)
+    if as_json:
+        print(json.dumps({"spec": resolved, "cost": describe(cost)}, indent=2))
+        return
+    import yaml
+
+    print(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=False))
+    _print_cost(cost, _console())
+
+
+def _free_memory(spec: ClusterSpec) -> dict[str, int | None]:
+    """By device, on this machine, where a pool asks for a fraction of it."""
+    devices = {
+        role.device for _, role in spec.roles.items() if role.pool.memory_fraction is not None
+    }
+    free: dict[str, int | None] = {}
+    if "cpu" in devices:
+        free["cpu"] = _available_host_memory()
+    if "cuda" in devices:
+        import torch
+
+        free["cuda"] = torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
+    return free
+
+
+def _available_host_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _print_cost(cost: Cost, console: Console) -> None:
+    from rich.table import Table
+
+    from pd.cost import format_bytes
+
+    def size(value: int | None) -> str:
+        return "unknown here" if value is None else format_bytes(value)
+
+    console.print(
+        f"[bold]{cost.architecture}[/bold], {cost.dtype}: weights {size(cost.weights_bytes)}, "
+        f"KV {format_bytes(cost.token_bytes)} a token",
+        highlight=False,
+    )
+    page = f"page of {cost.layouts[0].page_tokens}"
+    groups = Table("group", "attention", "layers", "KV heads", "head", "token", page, box=None)
+    for number, layout in enumerate(cost.layouts):
+        group = layout.group
+        kind = f"sliding {group.window}" if group.kind == "sliding" else "full"
+        groups.add_row(
+            str(number),
+            kind,
+            _ranges(group.layers),
+            str(group.kv_heads),
+            str(group.head_dim),
+            format_bytes(layout.token_bytes),
+            format_bytes(layout.page_bytes),
+        )
+    console.print(groups)
+    roles = Table(
+        "role", "replicas", "ranks", "device", "pages by group", "KV a rank", "longest", box=None
+    )
+    for role in cost.roles:
+        low, high = role.min_replicas, role.max_replicas
+        roles.add_row(
+            role.role,
+            str(low) if low == high else f"{low} to {high}",
+            str(low * role.ranks) if low == high else f"{low * role.ranks} to {high * role.ranks}",
+            role.device,
+            "by the worker" if role.pages is None else ", ".join(f"{n:,}" for n in role.pages),
+            size(role.kv_bytes),
+            "by the worker" if role.max_context is None else f"{role.max_context:,}",
+        )
+    console.print(roles)
+    longest = "known once the workers have started"
+    if cost.max_context is not None:
+        longest = f"{cost.max_context:,} tokens"
+    console.print(f"longest request (prompt and output): {longest}", highlight=False)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 4) -> 0-2,4."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(end) for end in part) for part in parts)
+
+
+# --------------------------------------------------------------------------------------------
+# status
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) -> None:
+    """Replicas of a running cluster: queues, requests, pages."""
+    from pd.http_client import HttpError, get_json
+
+    try:
+        answer = get_json(f"{_base(url)}/admin/status", key)
+    except HttpError as error:
+        raise _Failure(str(error)) from error
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table("replica", "role", "waiting", "running", box=None)
+    table.add_column("device pages: free / cached / used, by group")
+    for replica in answer["replicas"]:
+        pages = [f"{each['free']} / {each['cached']} / {each['used']}" for each in replica["pages"]]
+        table.add_row(
+            replica["name"],
+            replica["role"],
+            str(replica["waiting"]),
+            str(replica["running"]),
+            "   ".join(pages),
+        )
+    console = _console()
+    console.print(f"[bold]{answer['model']}[/bold] at {_base(url)}", highlight=False)
+    console.print(table)
+
+
+def _base(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1")
+
+
+# ----------------------------------------------------------------------------------------------
+# chat
+
+
+@app.command()
+def chat(
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    model: Annotated[str, typer.Option(help="Default: the server's first.")] = "",
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    temperature: Annotated[float, typer.Option(min=0)] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="For answers that repeat.")] = None,
+) -> None:
+    """Talk to a model. /reset forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from pd.http_client import HttpError, get_json
+
+    base = _base(url)
+    try:
+        model = model or str(get_json(f"{base}/v1/models", key)["data"][0]["id"])
+    except HttpError as error:
+        raise _Failure(str(error)) from error
+    except (KeyError, IndexError, TypeError):
+        raise _Failure(f"{base}/v1/models: not an OpenAI-compatible answer") from None
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # line editing and history
+    sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    if seed is not None:
+        sampling["seed"] = seed
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    print(f"{model} at {base}; /reset forgets, /quit leaves, Ctrl-C stops an answer")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = list(start)
+        elif text.startswith("/"):
+            print("expected /reset, /quit, or a message")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            body = {"model": model, "messages": messages, "stream": True, **sampling}
+            answer, failure = _print_answer(f"{base}/v1/chat/completions", body, key)
+            if answer:
+                messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()
+            if failure:
+                print(f"pd: {failure}", file=sys.stderr)
+
+
+def _print_answer(url: str, body: dict[str, Any], key: str) -> tuple[str, str]:
+    """(answer, error), printed as it comes; Ctrl-C hangs up and keeps what has come."""
+    import contextlib
+
+    from pd.http_client import HttpError, stream_json
+
+    parts: list[str] = []
+    error = ""
+    events = stream_json(url, body, key)
+    try:
+        with contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                for choice in event.get("choices", ())[:1]:
+                    piece = choice.get("delta", {}).get("content") or ""
+                    parts.append(piece)
+                    print(piece, end="", flush=True)
+    except HttpError as problem:
+        error = str(problem)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    return "".join(parts), error
+
+
+# ---------------------------------------------------------------------------------------------
+# bench
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Url = DEFAULT_URL,
+    compare: Annotated[str, typer.Option(help="A second server, under the same load.")] = "",
+    key: Key = "",
+    model: Annotated[str, typer.Option(help="Default: the server's first.")] = "",
+    concurrency: Annotated[str, typer.Option(help="Closed loop: requests at once.")] = "1,16",
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: Poisson arrivals, requests a second.")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="For each load.")] = 64,
+    prompt_len: Annotated[
+        str, typer.Option(help="Tokens: N, uniform:A:B or lognormal:MEAN:SIGMA.")
+    ] = "512",
+    output_len: Annotated[str, typer.Option(help="Likewise.")] = "64",
+    trace: Annotated[
+        Path | None, typer.Option(help="Mooncake JSONL: arrival times and lengths.")
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(min=0, help="For prompts; 0: as the server says, else 1,000.")
+    ] = 0,
+    seed: int = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before each load.")] = 2,
+    deadline: Annotated[float, typer.Option(min=0.001, help="Seconds for a request.")] = 300.0,
+    extra_body: Annotated[str, typer.Option(help="JSON merged into each request.")] = "{}",
+    json_file: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the distributions.")
+    ] = None,
+) -> None:
+    """Load any OpenAI-compatible server: TTFT, TPOT, ITL, end-to-end, throughput."""
+    from pd.bench.report import plot_report, print_report
+    from pd.bench.serve import BenchError, BenchOptions, parse_lengths, run_bench
+
+    try:
+        if rate is not None and rate <= 0:
+            raise BenchError(f"--rate: found {rate}, expected a number above 0")
+        options = BenchOptions(
+            url=url,
+            compare=compare,
+            model=model,
+            key=key,
+            concurrency=_parse_concurrency(concurrency),
+            rate=rate,
+            num_requests=num_requests,
+            prompt_lengths=parse_lengths(prompt_len),
+            output_lengths=parse_lengths(output_len),
+            trace=trace,
+            vocab_size=vocab_size,
+            seed=seed,
+            warmup=warmup,
+            deadline_s=deadline,
+            extra=_parse_extra(extra_body),
+        )
+    except BenchError as error:
+        raise _Failure(str(error), 2) from error
+
+    import uvloop
+    from rich.progress import Progress
+
+    console = _console(stderr=json_file == "-")
+    with Progress(console=_console(stderr=True), refresh_per_second=2, transient=True) as progress:
+
+        def on_start(title: str, total: int) -> Any:
+            task = progress.add_task(title, total=total)
+            return lambda _: progress.advance(task)
+
+        try:
+            report = uvloop.run(run_bench(options, on_start))
+        except BenchError as error:
+            raise _Failure(str(error)) from error
+    print_report(report, console)
+    text = json.dumps(report.to_json(), indent=2) + "\n"
+    try:
+        if json_file == "-":
+            print(text, end="")
+        elif json_file:
+            Path(json_file).write_text(text)
+        if plot:
+            plot_report(report, plot)
+    except (OSError, BenchError) as error:
+        raise _Failure(str(error)) from error
+    if report.interrupted:
+        raise typer.Exit(130)
+    if all(run.summary.num_ok == 0 for run in report.runs):
+        raise _Failure("no request succeeded")
+
+
+def _parse_concurrency(text: str) -> tuple[int, ...]:
+    from pd.bench.serve import BenchError
+
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise BenchError(f"--concurrency: found {text!r}, expected numbers such as 1,16")
+    return numbers
+
+
+def _parse_extra(text: str) -> dict[str, Any]:
+    from pd.bench.serve import BenchError
+
+    try:
+        extra = json.loads(text)
+    except ValueError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise BenchError(f"--extra-body: found {text!r}, expected a JSON object")
+    return extra
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from pd import __version__
+
+    print(f"pagerelay {__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Brings a spec's processes up on Ray, watches them, and takes them down.
+
+One placement group per replica, one actor per process, one namespace per cluster (`pagerelay/NAME`). The
+controller tells every node who is a member; a process that dies, fails or does not answer for the heartbeat
+time-out is ended and taken off the list, which makes the others end the requests that need it. It is not
+replaced yet. All waits have deadlines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import zmq
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pd.cluster.actor import NodeActor
+from pd.models import resolve_model
+from pd.node import Member, NodeConfig
+from pd.spec import ClusterSpec, Role
+
+_WATCH_S = 0.5
+
+Progress = Callable[[str], None]
+
+
+class StartError(RuntimeError):
+    """The cluster did not come up; the message says what and why."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Process:
+    name: str
+    role: Role | None
+    actor: Any
+    group: PlacementGroup | None
+    member: Member | None = None
+    ended: Any = None
+    """Reference that fails when the process dies."""
+    report: Any = None
+    report_asked: float = 0.0
+
+
+class Controller:
+    """Use as: `start`, `watch` until it returns, `stop` always."""
+
+    def __init__(self, spec: ClusterSpec, progress: Progress) -> None:
+        self.spec = spec
+        self.url = ""
+        self._progress = progress
+        self._processes: list[_Process] = []
+        self._owns_ray = False
+        self._socket_folder = ""
+        self._curve: tuple[bytes, bytes] | None = None
+
+    @property
+    def processes(self) -> dict[str, _Process]:
+        return {process.name: process for process in self._processes}
+
+    # -------------------------------------------------------------------------------------------- start
+
+    def start(self) -> None:
+        spec = self.spec
+        deadline = time.monotonic() + spec.timeouts.start
+        self._progress("model: resolving " + spec.model.path)
+        folder = resolve_model(spec.model.path, progress=self._progress)
+        self._connect_ray()
+        self._choose_network()
+        for role, role_spec in spec.roles.items():
+            for number in range(role_spec.replicas.min):
+                self._create(f"{role}-{number}", role, folder)
+        self._create("api-0", None, folder)
+        self._wait_placed(deadline)
+        self._wait_started(deadline)
+        self._check_compatible()
+        self._announce("")
+        self.url = next(p.member.facts["url"] for p in self._processes if p.member and p.role is None)
+
+    def _connect_ray(self) -> None:
+        # A local head writes a token that would make a later one demand it; be explicit.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = os.environ.get("RAY_ADDRESS", "")
+        namespace = f"pagerelay/{self.spec.name}"
+        self._progress(f"ray: {'connecting to ' + address if address else 'starting a local cluster'}")
+        self._owns_ray = not address
+        options: dict[str, Any] = {"address": address or "local"}
+        if not address:
+            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init(namespace=namespace, log_to_driver=False, logging_level="ERROR", **options)
+        try:
+            ray.get_actor("api-0")
+        except ValueError:
+            return
+        raise StartError(
+            f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; stop it, or choose "
+            "another name"
+        )
+
+    def _choose_network(self) -> None:
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        if self.spec.network == "ipc" or (self.spec.network == "auto" and num_nodes == 1):
+            self._socket_folder = tempfile.mkdtemp(prefix="pagerelay-")
+        else:
+            self._curve = zmq.curve_keypair()
+
+    def _create(self, name: str, role: Role | None, folder: Path) -> None:
+        config = NodeConfig(
+            name, role, self.spec, str(folder), self._socket_folder, self._curve, self._node_host()
+        )
+        options: dict[str, Any] = {"name": name, "num_cpus": 0}
+        group = None
+        threads = 1
+        if role is not None:
+            role_spec = dict(self.spec.roles.items())[role]
+            threads = role_spec.threads
+            resources = dict(role_spec.rank_resources())
+            labels = {"bundle_label_selector": [role_spec.labels]} if role_spec.labels else {}
+            group = placement_group([resources], strategy="STRICT_PACK", name=name, **labels)
+            options |= {
+                "num_cpus": resources.pop("CPU", 0),
+                "num_gpus": resources.pop("GPU", 0),
+                "resources": resources,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0),
+            }
+        # Compute threads that wait must sleep, not spin: the cores are shared.
+        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        actor = NodeActor.options(runtime_env={"env_vars": environment}, **options).remote(config)
+        self._processes.append(_Process(name, role, actor, group))
+
+    def _node_host(self) -> str:
+        return "127.0.0.1" if self._socket_folder else ""
+
+    def _wait_placed(self, deadline: float) -> None:
+        for process in self._processes:
+            if process.group is None:
+                continue
+            self._progress(f"{process.name}: waiting for resources")
+            left = max(0.1, deadline - time.monotonic())
+            if not process.group.wait(left):
+                wants = process.group.bundle_specs[0]
+                raise StartError(
+                    f"{process.name}: no node offers {wants} within {self.spec.timeouts.start:g} s; the "
+                    f"cluster has {ray.cluster_resources()}, of which {ray.available_resources()} are free"
+                )
+
+    def _wait_started(self, deadline: float) -> None:
+        pending = {process.actor.start.remote(): process for process in self._processes}
+        while pending:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                names = ", ".join(process.name for process in pending.values())
+                raise StartError(f"{names}: not ready within {self.spec.timeouts.start:g} s (timeouts.start)")
+            ready, _ = ray.wait(list(pending), timeout=min(left, _WATCH_S))
+            for reference in ready:
+                process = pending.pop(reference)
+                process.member = self._started(process, reference)
+                process.ended = process.actor.ended.remote()
+                facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
+                self._progress(f"{process.name}: ready ({facts})")
+
+    def _started(self, process: _Process, reference: Any) -> Member:
+        try:
+            member: Member = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise StartError(f"{process.name}: {type(error.cause).__name__}: {error.cause}") from error
+        except ray.exceptions.RayActorError as error:
+            raise StartError(f"{process.name}: its process died while starting: {error}") from error
+        return member
+
+    def _check_compatible(self) -> None:
+        """Replicas must agree on everything that a page's bytes depend on."""
+        members = [p.member for p in self._processes if p.member is not None and p.role is not None]
+        first = members[0]
+        problems = [
+            f"{key}: {first.name} has {first.compat[key]}, {other.name} has {other.compat.get(key)}"
+            for other in members[1:]
+            for key in first.compat
+            if first.compat[key] != other.compat.get(key)
+        ]
+        if problems:
+            raise StartError("replicas do not fit together: " + "; ".join(problems))
+
+    def _announce(self, reason: str) -> None:
+        """Tell every live process who is a member."""
+        members = [process.member for process in self._processes if process.member is not None]
+        told = [process.actor.set_members.remote(members, reason) for process in self._processes]
+        ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
+
+    # -------------------------------------------------------------------------------------------- watch
+
+    def watch_once(self) -> None:
+        """Look after the processes for half a second. Raises StartError when no API server is left."""
+        references = [process.ended for process in self._processes]
+        ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
+        for process in list(self._processes):
+            reason = "its process died" if process.ended in ended else self._health(process)
+            if reason:
+                self._remove(process, reason)
+        if not any(process.role is None for process in self._processes):
+            raise StartError("the API server is gone")
+
+    def _health(self, process: _Process) -> str:
+        """Why the process must end, or nothing."""
+        now = time.monotonic()
+        if process.report is None:
+            process.report, process.report_asked = process.actor.report.remote(), now
+            return ""
+        ready, _ = ray.wait([process.report], timeout=0)
+        if not ready:
+            silent = now - process.report_asked
+            limit = self.spec.timeouts.heartbeat
+            return f"it has not answered for {silent:.0f} s" if silent > limit else ""
+        reference, process.report = process.report, None
+        try:
+            report = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            return f"its process died: {type(error).__name__}"
+        if report["silent"]:
+            self._progress(f"{process.name}: hears nothing from {', '.join(report['silent'])}")
+        return str(report["failure"])
+
+    def _remove(self, process: _Process, reason: str) -> None:
+        self._progress(f"{process.name}: gone: {reason}")
+        self._processes.remove(process)
+        ray.kill(process.actor)
+        # Members release what the dead process could have written to: it must be dead by then.
+        ray.wait([process.ended], timeout=self.spec.timeouts.heartbeat)
+        self._announce(reason)
+        if process.group is not None:
+            remove_placement_group(process.group)
+
+    # --------------------------------------------------------------------------------------------- stop
+
+    def stop(self) -> None:
+        """End everything that was started; safe at any time, and idempotent."""
+        if ray.is_initialized():
+            stopping = [process.actor.stop.remote() for process in self._processes]
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
+            for process in self._processes:
+                ray.kill(process.actor)
+                if process.group is not None:
+                    remove_placement_group(process.group)
+            ray.shutdown()
+        self._processes = []
+        if self._socket_folder:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, once; a second one during the stop is ignored."""
+
+    def interrupt(number: int, _: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def serve(spec: ClusterSpec, progress: Progress, ready: Callable[[str], None]) -> str:
+    """Run a cluster until SIGINT or SIGTERM; returns the signal's name. Raises StartError."""
+    controller = Controller(spec, progress)
+    with _signals():
+        try:
+            controller.start()
+            ready(controller.url)
+            while True:
+                controller.watch_once()
+        except Interrupted as signal_name:
+            progress(f"{signal_name}: stopping")
+            return str(signal_name)
+        finally:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_IGN)
+            controller.stop()

@@ -1,0 +1,53 @@
+"""What a leader tells its ranks to do in one step, and what they answer.
+
+Plain data, no torch. A rank keeps, per row (a place in the running batch), the page tables and the sampling
+state; a command carries only what changed: rows that start, pages that were added, the tokens to compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from pd.messages import Int32Array, SamplingParams, TokenLogprob
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowStart:
+    """Row `row` now belongs to another request: forget what it held."""
+
+    row: int
+    sampling: SamplingParams
+    tokens: Int32Array
+    """All tokens so far; the first `prompt_len` are the prompt (penalties treat them apart)."""
+    prompt_len: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepCommand:
+    """One forward pass over packed chunks; item i computes `counts[i]` tokens of row `rows[i]`.
+
+    Items of one token come first. `tokens` holds all chunks end to end. Where `sample[i]`, a token is sampled
+    after the item's last position.
+    """
+
+    starts: list[RowStart]
+    rows: Int32Array
+    positions: Int32Array
+    """Of each item's first token in its sequence."""
+    counts: Int32Array
+    sample: npt.NDArray[np.bool_]
+    tokens: Int32Array
+    pages: list[Int32Array]
+    """By layer group, (k, 3): row, page index in the sequence, slot in the pool."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled tokens, in the order of the command's sampling items."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None]
+    seconds: float

@@ -1,0 +1,62 @@
+"""The device tier's memory: one page pool per layer group, in the layout of rule 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from transfer.layout import PageLayout
+from transfer.transport import Region
+
+
+class PagePool:
+    """`num_pages` pages, contiguous. Page 0 is the null page: padding reads it, nothing relies on it."""
+
+    def __init__(
+        self, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.device = device
+        # Zeroed, so that a padded gather never multiplies by a stray NaN.
+        self.data = torch.zeros((num_pages, *layout.shape), dtype=dtype, device=device)
+        dim = layout.group.head_dim
+        self._token_rows = self.data.view(-1, dim)
+        self._page_rows = self.data.view(-1, layout.page_tokens * dim)
+
+    @property
+    def region(self) -> Region:
+        device = self.device.index or 0 if self.device.type == "cuda" else None
+        return Region(self.data.data_ptr(), len(self.data), self.layout.page_bytes, device)
+
+    def token_rows(
+        self, pages: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer]
+    ) -> torch.Tensor:
+        """(2, tokens, kv_heads): token rows of layer place 0 for the tokens at (page, offset)."""
+        rows = self._page_row_numbers(pages)
+        return torch.from_numpy(rows * self.layout.page_tokens + offsets[:, None]).to(self.device)
+
+    def page_rows(self, slots: npt.NDArray[np.integer]) -> torch.Tensor:
+        """(batch, pages) slots -> (2, batch, kv_heads, pages) page rows of layer place 0."""
+        rows = self._page_row_numbers(slots)  # (2, batch, pages, heads)
+        return torch.from_numpy(np.ascontiguousarray(rows.swapaxes(-1, -2))).to(self.device)
+
+    def _page_row_numbers(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """(...) -> (2, ..., kv_heads)."""
+        heads, layers = self.layout.shape[:2]
+        rows = (slots.astype(np.int64)[..., None] * heads + np.arange(heads)) * (layers * 2)
+        return np.stack((rows, rows + 1))
+
+    def write(self, token_rows: torch.Tensor, place: int, values: torch.Tensor) -> None:
+        """values (2, tokens, kv_heads, dim) of the layer at `place` to the token rows of `token_rows`."""
+        rows = (token_rows + place * 2 * self.layout.page_tokens).view(-1)
+        self._token_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
+
+    def gather(
+        self, page_rows: torch.Tensor, place: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (batch, kv_heads, pages * page_tokens, dim) of the layer at `place`, as `dtype`."""
+        rows = self._page_rows.index_select(0, (page_rows + place * 2).view(-1))
+        both = rows.view(*page_rows.shape[:3], -1, self.layout.group.head_dim).to(dtype)
+        return both[0], both[1]

@@ -1,0 +1,281 @@
+"""Every message between PageRelay processes, grouped by receiver.
+
+A message travels one way, as two ZMQ frames: a fixed header (`encode_header`: magic, protocol version,
+sender's name and incarnation) and a msgpack body. The version is checked before the body is decoded. Token
+ids and page numbers travel as raw little-endian int32, page hashes as 32-byte digests laid end to end.
+
+Protocol versions:
+1  the first.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+PROTOCOL_VERSION = 1
+_MAGIC = b"PRLY"
+_HEADER = struct.Struct("<4sHQ")
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Int32Array = npt.NDArray[np.int32]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; encoded as arrays, so fields may only be appended."""
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """How one request's tokens are chosen. The order is: penalties and bias, temperature, top_k, top_p, min_p.
+
+    The random number for output position i is a pure function of (seed, i), so a request's tokens do not
+    depend on the batch, on the replica, or on a restart.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_k: int = 0
+    """0 means all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """Unsigned 64 bits; the API draws one where the client gave none."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The model's end tokens (unless ignore_eos) and the client's."""
+    min_tokens: int = 0
+    """Stop tokens are masked until so many tokens are out."""
+    logprobs: int | None = None
+    """None: no logprobs. k: the chosen token's, and those of the k most likely tokens."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities under the model's unmodified distribution."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class RequestStats(msgspec.Struct, array_like=True):
+    """Where one request's time and bytes went; durations in seconds, sent with its last output."""
+
+    queue_s: float = 0.0
+    """Waiting for pages and for a place in a batch, on decode and prefill side together."""
+    prefill_s: float = 0.0
+    """From the first chunk's start to the first token, on the replica that prefilled."""
+    transfer_s: float = 0.0
+    """Sum over the writes, each from posting to completion; overlaps prefill."""
+    transfer_exposed_s: float = 0.0
+    """From the first token's arrival at the decode leader until its pages had landed."""
+    pages_moved: int = 0
+    bytes_moved: int = 0
+    descriptors: int = 0
+    cached_tokens_decode: int = 0
+    cached_tokens_prefill: int = 0
+    preemptions: int = 0
+    prefill_replica: str = ""
+    decode_replica: str = ""
+
+
+class GroupPages(msgspec.Struct, frozen=True, array_like=True):
+    """Target pages of one layer group: page i of the sequence goes to `pages[i - first_page]`."""
+
+    first_page: int
+    pages: bytes
+
+
+class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
+    """A leader's gauges and counters (since its start), as they stood when it was sent."""
+
+    waiting: int = 0
+    running: int = 0
+    handovers_in: int = 0
+    handovers_out: int = 0
+    waiting_tokens: int = 0
+    pages_free: tuple[int, ...] = ()
+    pages_cached: tuple[int, ...] = ()
+    pages_used: tuple[int, ...] = ()
+    """By layer group; free + cached + used is the pool, `pages_used` are referenced by requests."""
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    kv_bytes: int = 0
+    kv_pages: int = 0
+    kv_descriptors: int = 0
+    kv_seconds: float = 0.0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    dropped_messages: int = 0
+
+
+# ------------------------------------------------------------------------------ to a leader, from an API
+
+
+class Generate(Message, frozen=True, tag="generate"):
+    request_id: str
+    prompt: bytes
+    """int32 token ids."""
+    root: bytes
+    """32 bytes: the parent hash of the first page (model fingerprint, cache salt, adapter)."""
+    page_hashes: bytes
+    """Hashes of the prompt's full pages."""
+    sampling: SamplingParams
+    prefill: str
+    """Name of the prefill replica; empty: the receiving replica prefills."""
+    timeout_s: float
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    request_id: str
+
+
+# ---------------------------------------------------------------------- to a prefill leader, from decode
+
+
+class Reserve(Message, frozen=True, tag="reserve"):
+    """Pages are reserved on the sender: prefill this prompt and write its KV there."""
+
+    request_id: str
+    attempt: int
+    prompt: bytes
+    root: bytes
+    page_hashes: bytes
+    sampling: SamplingParams
+    targets: tuple[GroupPages, ...]
+    """By layer group; pages before `first_page` are already there (or outside the last window)."""
+    timeout_s: float
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Stop writing; answered by `HandoverClosed` once no write is in flight."""
+
+    request_id: str
+    attempt: int
+
+
+# ---------------------------------------------------------------------- to a decode leader, from prefill
+
+
+class PrefillDone(Message, frozen=True, tag="prefill_done"):
+    request_id: str
+    attempt: int
+    token: int
+    logprob: TokenLogprob | None
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+class PagesWritten(Message, frozen=True, tag="pages_written"):
+    """All pages have landed, and the sender has forgotten the handover: no write is in flight."""
+
+    request_id: str
+    attempt: int
+    pages: int
+    bytes_moved: int
+    descriptors: int
+    transfer_s: float
+
+
+class HandoverClosed(Message, frozen=True, tag="handover_closed"):
+    """The handover ended early; no write is in flight and none will follow."""
+
+    request_id: str
+    attempt: int
+    reason: str
+
+
+# ------------------------------------------------------------------------------ to an API, from a leader
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request; the last one has a finish reason and statistics."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    stats: RequestStats | None = None
+
+
+class Outputs(Message, frozen=True, tag="outputs"):
+    """What one step gave, for the requests of one API process."""
+
+    outputs: tuple[Output, ...]
+
+
+# ------------------------------------------------------------------------------------------- to anybody
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    load: ReplicaLoad | None = None
+
+
+AnyMessage = (
+    Generate
+    | Abort
+    | Reserve
+    | Cancel
+    | PrefillDone
+    | PagesWritten
+    | HandoverClosed
+    | Outputs
+    | Heartbeat
+)
+
+
+class ProtocolError(ValueError):
+    """A frame that is not a message of this protocol version; the receiver counts and drops it."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage, sender: str, incarnation: int) -> list[bytes]:
+    """Two frames: header and body. `incarnation` is the sender's, unsigned 64 bits."""
+    header = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, incarnation) + sender.encode()
+    return [header, _encoder.encode(message)]
+
+
+def decode(frames: list[bytes]) -> tuple[str, int, AnyMessage]:
+    """(sender, its incarnation, message). Raises ProtocolError."""
+    if len(frames) != 2 or len(frames[0]) < _HEADER.size:
+        raise ProtocolError(f"expected a header and a body, got frames of {[len(f) for f in frames]} bytes")
+    magic, version, incarnation = _HEADER.unpack_from(frames[0])
+    if magic != _MAGIC:
+        raise ProtocolError(f"not a PageRelay message: it starts with {frames[0][:4]!r}")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version}, this process speaks {PROTOCOL_VERSION}")
+    try:
+        return frames[0][_HEADER.size :].decode(), incarnation, _decoder.decode(frames[1])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(str(error)) from error
+
+
+def pack_ints(values: Int32Array | list[int]) -> bytes:
+    return np.asarray(values, dtype="<i4").tobytes()
+
+
+def unpack_ints(data: bytes) -> Int32Array:
+    return np.frombuffer(data, dtype="<i4")
+
+
+def split_hashes(data: bytes) -> list[bytes]:
+    return [data[i : i + 32] for i in range(0, len(data), 32)]

@@ -1,0 +1,107 @@
+"""One thread that owns a transport: everything that may block or copy happens there, off the event loop.
+
+Commands go in by queue; results come out through `on_result`, called on this thread. While a write is in
+flight here, or is expected from a peer (`expect`), the transport is polled every half millisecond; else the
+thread sleeps on its queue and polls now and then, so that peers can connect. It never spins.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from transfer.transport import Int32Array, Transport, TransportError, WriteResult
+
+_BUSY_POLL_S = 0.0005
+_IDLE_POLL_S = 0.02
+_NULL_PAGE = np.zeros(1, np.int32)
+
+
+class Mover:
+    """`on_result(key, result)` for each `write`; `on_lost(peer, error)` when a peer cannot be connected."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        on_result: Callable[[int, WriteResult], None],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        self._transport = transport
+        self._on_result = on_result
+        self._on_lost = on_lost
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._keys: dict[int, int | None] = {}
+        self._expecting = False
+        self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def connect(self, peer: str, description: bytes) -> None:
+        """Connect, and write the null page once, so that the first real write finds the wires up."""
+
+        def run() -> None:
+            try:
+                self._transport.connect(peer, description)
+            except TransportError as error:
+                self._on_lost(peer, str(error))
+            else:
+                self._post(None, peer, 0, _NULL_PAGE, _NULL_PAGE)
+
+        self._commands.put(run)
+
+    def disconnect(self, peer: str) -> None:
+        self._commands.put(lambda: self._transport.disconnect(peer))
+
+    def write(self, key: int, peer: str, region: int, source: Int32Array, target: Int32Array) -> None:
+        """Post a write; its end is reported as `on_result(key, …)`, also when it cannot be posted."""
+        self._commands.put(lambda: self._post(key, peer, region, source, target))
+
+    def expect(self, expecting: bool) -> None:
+        """Whether peers may be writing here now."""
+        if expecting != self._expecting:
+            self._expecting = expecting
+            self._commands.put(_wake)
+
+    def stop(self, timeout_s: float) -> None:
+        """Close the transport and end the thread."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _post(
+        self, key: int | None, peer: str, region: int, source: Int32Array, target: Int32Array
+    ) -> None:
+        try:
+            write_id = self._transport.write(peer, region, source, target)
+        except (TransportError, IndexError) as error:
+            if key is not None:
+                self._on_result(key, WriteResult(-1, str(error), 0, 0, 0.0))
+        else:
+            self._keys[write_id] = key
+
+    def _run(self) -> None:
+        while True:
+            timeout = _BUSY_POLL_S if self._keys or self._expecting else _IDLE_POLL_S
+            try:
+                command = self._commands.get(timeout=timeout)
+                while True:
+                    if command is None:
+                        self._transport.close()
+                        return
+                    command()
+                    command = self._commands.get_nowait()
+            except queue.Empty:
+                pass
+            for result in self._transport.poll():
+                key = self._keys.pop(result.write_id)
+                if key is not None:
+                    self._on_result(key, result)
+
+
+def _wake() -> None:
+    """A command that only ends the wait for one."""
+
