@@ -31,9 +31,7 @@ from transfer.layout import LayerGroup
 class _Entry:
     __slots__ = ("children", "hash", "last_use", "parent", "pins", "queued", "slots")
 
-    def __init__(
-        self, page_hash: bytes, parent: _Entry | None, slots: list[int]
-    ) -> None:
+    def __init__(self, page_hash: bytes, parent: _Entry | None, slots: list[int]) -> None:
         self.hash = page_hash
         self.parent = parent
         self.slots = slots

@@ -74,8 +74,7 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# serve
+# -------------------------------------------------------------------------------------------- serve
 
 
 @app.command()
@@ -111,8 +110,7 @@ def serve(
         raise _Failure(str(error)) from error
 
 
-# ---------------------------------------------------------------------------------------------
-# check
+# -------------------------------------------------------------------------------------------- check
 
 
 @app.command()
@@ -228,8 +226,7 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     return ",".join("-".join(str(end) for end in part) for part in parts)
 
 
-# --------------------------------------------------------------------------------------------
-# status
+# ------------------------------------------------------------------------------------------- status
 
 
 @app.command()
@@ -247,7 +244,7 @@ def status(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) -> No
     from rich.table import Table
 
     table = Table("replica", "role", "waiting", "running", box=None)
-    table.add_column("device pages: free / cached / used, by group")
+    table.add_column("pages by group: free / cached / used", no_wrap=True)
     for replica in answer["replicas"]:
         pages = [f"{each['free']} / {each['cached']} / {each['used']}" for each in replica["pages"]]
         table.add_row(
@@ -266,8 +263,7 @@ def _base(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-# ----------------------------------------------------------------------------------------------
-# chat
+# --------------------------------------------------------------------------------------------- chat
 
 
 @app.command()
@@ -350,8 +346,7 @@ def _print_answer(url: str, body: dict[str, Any], key: str) -> tuple[str, str]:
     return "".join(parts), error
 
 
-# ---------------------------------------------------------------------------------------------
-# bench
+# -------------------------------------------------------------------------------------------- bench
 
 
 @bench.command("serve")
@@ -417,7 +412,9 @@ def bench_serve(
     from rich.progress import Progress
 
     console = _console(stderr=json_file == "-")
-    with Progress(console=_console(stderr=True), refresh_per_second=2, transient=True) as progress:
+    bar = _console(stderr=True)
+    quiet = not bar.is_terminal
+    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
 
         def on_start(title: str, total: int) -> Any:
             task = progress.add_task(title, total=total)

@@ -1,13 +1,16 @@
-"""The leader of one replica: its requests, its scheduler, its handovers. Pure: events in, effects out.
+"""The leader of one replica: its requests, its scheduler, its handovers. Pure: events in, effects
+out.
 
-A leader serves both sides. For the API processes it generates: `Generate` -> tokens. If another replica
-prefills, it matches its own prefix, reserves pages, sends `Reserve`, and lets the request join its batch when
-`PrefillDone` and `PagesWritten` have come. For other leaders it prefills: `Reserve` -> chunks, each followed
-by writes of the pages completed, then `PrefillDone` and `PagesWritten`.
+A leader serves both sides. For the API processes it generates: `Generate` -> tokens. If another
+replica prefills, it matches its own prefix, reserves pages, sends `Reserve`, and lets the request
+join its batch when `PrefillDone` and `PagesWritten` have come. For other leaders it prefills:
+`Reserve` -> chunks, each followed by writes of the pages completed, then `PrefillDone` and
+`PagesWritten`.
 
-Every request ends in exactly one final `Output`, or silently when its API process is gone. Pages that a
-peer may still write to, and pages that a write still reads, are kept until the writer has said that it is
-done, or is known to be dead (`PeerDown`); a deadline ends the request, never the quarantine.
+Every request ends in exactly one final `Output`, or silently when its API process is gone. Pages
+that a peer may still write to, and pages that a write still reads, are kept until the writer has
+said that it is done, or is known to be dead (`PeerDown`); a deadline ends the request, never the
+quarantine.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from pd.messages import (
 from transfer.handover import ReceiverHandover, ReceiverState, SenderHandover
 from transfer.layout import LayerGroup
 
-# ---------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Tick:
 
 Event = Received | StepDone | Written | PeerUp | PeerDown | Tick
 
-# --------------------------------------------------------------------------------------------- effects
+# ------------------------------------------------------------------------------------------ effects
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +120,14 @@ class Write:
 
 Effect = Send | RunStep | Write
 
-# ---------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
+
+_REMEMBERED_CANCELS = 4096
+_COUNTERS = (
+    *("steps", "prefill_tokens", "decode_tokens", "finished", "aborted", "failed"),
+    *("kv_bytes", "kv_pages", "kv_descriptors"),
+)
+"""Fields of ReplicaLoad that only grow."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -183,20 +193,18 @@ class Leader:
         self._by_sequence: dict[Tracked, _Generation | _Prefill] = {}
         self._reserving: deque[_Generation] = deque()
         """Waiting for pages to reserve, in order of arrival."""
+        self._refused: dict[tuple[str, str, int], None] = {}
+        """Cancelled before they were known; a Reserve that comes later must not start writing."""
         self._writes: dict[int, tuple[_Prefill, int, Int32Array]] = {}
         self._next_write = 0
         self._outputs: dict[str, list[Output]] = {}
         self._effects: list[Effect] = []
-        self._counts = dict.fromkeys(
-            (
-                "steps prefill_tokens decode_tokens kv_bytes kv_pages kv_descriptors finished aborted failed"
-            ).split(),
-            0,
-        )
+        self._counts = dict.fromkeys(_COUNTERS, 0)
         self._kv_seconds = 0.0
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Apply one event. `now` is monotonic, in seconds. The effects are to be carried out in order."""
+        """Apply one event. `now` is monotonic, in seconds. The effects are to be carried out in
+        order."""
         match event:
             case Received(sender, message):
                 self._receive(sender, message, now)
@@ -227,7 +235,11 @@ class Leader:
 
     def load(self) -> ReplicaLoad:
         index, groups = self.index, range(len(self._groups))
-        waiting = [*self.scheduler.landed, *self.scheduler.waiting, *(g.sequence for g in self._reserving)]
+        waiting = [
+            *self.scheduler.landed,
+            *self.scheduler.waiting,
+            *(g.sequence for g in self._reserving),
+        ]
         return ReplicaLoad(
             waiting=len(waiting),
             running=len(self.scheduler.running),
@@ -244,7 +256,7 @@ class Leader:
             **self._counts,
         )
 
-    # ---------------------------------------------------------------------------------------- messages
+    # ------------------------------------------------------------------------------------- messages
 
     def _receive(self, sender: str, message: AnyMessage, now: float) -> None:
         match message:
@@ -269,7 +281,7 @@ class Leader:
             case _:
                 assert_never(message)
 
-    # ----------------------------------------------------------------------- generation (decode side)
+    # --------------------------------------------------------------------- generation (decode side)
 
     def _generate(self, api: str, message: Generate, now: float) -> None:
         if message.request_id in self._generations:
@@ -382,7 +394,8 @@ class Leader:
             self._settle(generation, now)
 
     def _settle(self, generation: _Generation, now: float) -> None:
-        """After an event of the handover: the request joins the batch, or its pages are free to go."""
+        """After an event of the handover: the request joins the batch, or its pages are free to
+        go."""
         receiver = generation.receiver
         if receiver is None or not receiver.may_reuse_targets:
             return
@@ -399,7 +412,8 @@ class Leader:
             self._finish(generation, "error", receiver.reason)
 
     def _deliver(self, generation: _Generation, token: int, logprob: TokenLogprob | None) -> None:
-        """Send a token that is already part of the sequence, and end the request if it is the last."""
+        """Send a token that is already part of the sequence, and end the request if it is the
+        last."""
         params, sequence = generation.sequence.params, generation.sequence
         reason: FinishReason | None = None
         if token in params.stop_token_ids:
@@ -409,12 +423,11 @@ class Leader:
         if reason is not None:
             self._finish(generation, reason, token=token, logprob=logprob)
         else:
-            # The first output says what is known so far, for a client that will end the request itself.
+            # The first output says what is known so far, for a client that will end the request
+            # itself.
             stats = generation.stats if sequence.num_output == 1 else None
             logprobs = (logprob,) if logprob else ()
-            self._output(
-                generation, Output(generation.request_id, (token,), logprobs, stats=stats)
-            )
+            self._output(generation, Output(generation.request_id, (token,), logprobs, stats=stats))
 
     def _finish(
         self,
@@ -463,11 +476,11 @@ class Leader:
         del self._by_sequence[generation.sequence]
         self.scheduler.drop(generation.sequence)
 
-    # ---------------------------------------------------------------------------- prefill for a peer
+    # --------------------------------------------------------------------------- prefill for a peer
 
     def _start_prefill(self, peer: str, message: Reserve, now: float) -> None:
         key = (peer, message.request_id, message.attempt)
-        if key in self._prefills:
+        if key in self._prefills or key in self._refused:
             return
         sequence = self._track(message, now)
         sender = SenderHandover(
@@ -485,7 +498,11 @@ class Leader:
         if prefill is not None:
             self._end_prefill(prefill, "cancelled")
         else:
-            # Done already, or never begun: in either case nothing is in flight.
+            # Done already, or never begun: in either case nothing is in flight, and nothing may
+            # begin.
+            self._refused[peer, request_id, attempt] = None
+            if len(self._refused) > _REMEMBERED_CANCELS:
+                del self._refused[next(iter(self._refused))]
             self._send(peer, HandoverClosed(request_id, attempt, "unknown here"))
 
     def _end_prefill(self, prefill: _Prefill, reason: str) -> None:
@@ -500,7 +517,9 @@ class Leader:
             return
         key = (prefill.peer, prefill.request_id, prefill.attempt)
         if prefill.closing:
-            self._send(prefill.peer, HandoverClosed(prefill.request_id, prefill.attempt, prefill.closing))
+            self._send(
+                prefill.peer, HandoverClosed(prefill.request_id, prefill.attempt, prefill.closing)
+            )
         elif prefill.done and prefill.sender.is_complete:
             sender = prefill.sender
             self._send(
@@ -521,7 +540,8 @@ class Leader:
         self.scheduler.drop(prefill.sequence)
 
     def _write_ready_pages(self, prefill: _Prefill) -> None:
-        """Post the pages completed since the last call; the last, partial one with the prompt's end."""
+        """Post the pages completed since the last call; the last, partial one with the prompt's
+        end."""
         if prefill.closing:
             return
         sequence = prefill.sequence
@@ -552,7 +572,7 @@ class Leader:
         else:
             self._close_prefill(prefill)
 
-    # -------------------------------------------------------------------------------------- the batch
+    # ------------------------------------------------------------------------------------ the batch
 
     def _run_step(self, now: float) -> None:
         command = self.scheduler.plan(now)
@@ -616,7 +636,7 @@ class Leader:
             self._counts["decode_tokens"] += 1
         self._deliver(generation, token, logprob)
 
-    # ------------------------------------------------------------------------------- peers and deadlines
+    # -------------------------------------------------------------------------- peers and deadlines
 
     def _peer_down(self, name: str, reason: str, now: float) -> None:
         self._peers.discard(name)
@@ -645,7 +665,7 @@ class Leader:
         if to in self._peers:
             self._effects.append(Send(to, message))
 
-    # ---------------------------------------------------------------------------------------- integrity
+    # ------------------------------------------------------------------------------------ integrity
 
     @property
     def is_idle(self) -> bool:
@@ -670,4 +690,7 @@ class Leader:
         for group, expected in enumerate(holders):
             found = self.index.references(group)
             assert found == expected, f"group {group}: references {found}, holders {expected}"
-        assert {*self._by_sequence.values()} == {*self._generations.values(), *self._prefills.values()}
+        assert {*self._by_sequence.values()} == {
+            *self._generations.values(),
+            *self._prefills.values(),
+        }

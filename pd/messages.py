@@ -1,8 +1,9 @@
 """Every message between PageRelay processes, grouped by receiver.
 
-A message travels one way, as two ZMQ frames: a fixed header (`encode_header`: magic, protocol version,
-sender's name and incarnation) and a msgpack body. The version is checked before the body is decoded. Token
-ids and page numbers travel as raw little-endian int32, page hashes as 32-byte digests laid end to end.
+A message travels one way, as two ZMQ frames: a fixed header (`encode_header`: magic, protocol
+version, sender's name and incarnation) and a msgpack body. The version is checked before the body
+is decoded. Token ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
+digests laid end to end.
 
 Protocol versions:
 1  the first.
@@ -29,14 +30,15 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages; encoded as arrays, so fields may only be appended."""
 
 
-# ---------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
-    """How one request's tokens are chosen. The order is: penalties and bias, temperature, top_k, top_p, min_p.
+    """How one request's tokens are chosen. The order is: penalties and bias, temperature, top_k,
+    top_p, min_p.
 
-    The random number for output position i is a pure function of (seed, i), so a request's tokens do not
-    depend on the batch, on the replica, or on a restart.
+    The random number for output position i is a pure function of (seed, i), so a request's tokens
+    do not depend on the batch, on the replica, or on a restart.
     """
 
     max_tokens: int
@@ -123,7 +125,7 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     dropped_messages: int = 0
 
 
-# ------------------------------------------------------------------------------ to a leader, from an API
+# ------------------------------------------------------------------------- to a leader, from an API
 
 
 class Generate(Message, frozen=True, tag="generate"):
@@ -144,7 +146,7 @@ class Abort(Message, frozen=True, tag="abort"):
     request_id: str
 
 
-# ---------------------------------------------------------------------- to a prefill leader, from decode
+# ----------------------------------------------------------------- to a prefill leader, from decode
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
@@ -168,7 +170,7 @@ class Cancel(Message, frozen=True, tag="cancel"):
     attempt: int
 
 
-# ---------------------------------------------------------------------- to a decode leader, from prefill
+# ----------------------------------------------------------------- to a decode leader, from prefill
 
 
 class PrefillDone(Message, frozen=True, tag="prefill_done"):
@@ -200,7 +202,7 @@ class HandoverClosed(Message, frozen=True, tag="handover_closed"):
     reason: str
 
 
-# ------------------------------------------------------------------------------ to an API, from a leader
+# ------------------------------------------------------------------------- to an API, from a leader
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -220,7 +222,7 @@ class Outputs(Message, frozen=True, tag="outputs"):
     outputs: tuple[Output, ...]
 
 
-# ------------------------------------------------------------------------------------------- to anybody
+# --------------------------------------------------------------------------------------- to anybody
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
@@ -257,7 +259,9 @@ def encode(message: AnyMessage, sender: str, incarnation: int) -> list[bytes]:
 def decode(frames: list[bytes]) -> tuple[str, int, AnyMessage]:
     """(sender, its incarnation, message). Raises ProtocolError."""
     if len(frames) != 2 or len(frames[0]) < _HEADER.size:
-        raise ProtocolError(f"expected a header and a body, got frames of {[len(f) for f in frames]} bytes")
+        raise ProtocolError(
+            f"expected a header and a body, got frames of {[len(f) for f in frames]} bytes"
+        )
     magic, version, incarnation = _HEADER.unpack_from(frames[0])
     if magic != _MAGIC:
         raise ProtocolError(f"not a PageRelay message: it starts with {frames[0][:4]!r}")

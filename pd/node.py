@@ -1,11 +1,12 @@
 """Runs a leader with its rank, or an API server, on asyncio and ZMQ. Knows nothing of Ray.
 
-A node binds one PULL socket and pushes to every other member; messages travel one way. Membership comes from
-outside (`set_members`): who is not in the list is dead, and what it sent is dropped. A replica of one rank is
-one process: the leader on the event loop, the rank on a compute thread, the transport on the mover's thread.
+A node binds one PULL socket and pushes to every other member; messages travel one way. Membership
+comes from outside (`set_members`): who is not in the list is dead, and what it sent is dropped. A
+replica of one rank is one process: the leader on the event loop, the rank on a compute thread, the
+transport on the mover's thread.
 
-Sending never blocks: a peer that does not read its messages loses them once its queue is full, which is
-counted, and the request's deadline ends what hangs on it.
+Sending never blocks: a peer that does not read its messages loses them once its queue is full,
+which is counted, and the request's deadline ends what hangs on it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,20 @@ import zmq.auth.asyncio
 
 import pd
 from pd import messages
-from pd.leader import Effect, Event, Leader, PeerDown, PeerUp, Received, RunStep, Send, StepDone, Tick, Write, Written
+from pd.leader import (
+    Effect,
+    Event,
+    Leader,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunStep,
+    Send,
+    StepDone,
+    Tick,
+    Write,
+    Written,
+)
 from pd.messages import AnyMessage, Heartbeat, ProtocolError
 from pd.spec import ClusterSpec, Role
 
@@ -117,13 +131,17 @@ class Node:
     def tick(self) -> None:
         """Called ten times a second."""
 
+    def check(self) -> dict[str, object]:
+        """For tests: integrity, and whether everything was given back."""
+        return {}
+
     def heartbeat(self) -> Heartbeat:
         return Heartbeat()
 
     async def shut_down(self) -> None:
         """Release what `prepare` took."""
 
-    # ---------------------------------------------------------------------------------------- lifecycle
+    # ------------------------------------------------------------------------------------ lifecycle
 
     async def start(self) -> Member:
         address = self._bind()
@@ -175,7 +193,7 @@ class Node:
         limit = time.monotonic() - self.spec.timeouts.heartbeat
         return [name for name in self._members if self._heard[name] < limit]
 
-    # ------------------------------------------------------------------------------------------ sockets
+    # -------------------------------------------------------------------------------------- sockets
 
     def _bind(self) -> str:
         self._inbound = self._context.socket(zmq.PULL)
@@ -195,7 +213,8 @@ class Node:
         return f"tcp://{self.config.host}:{port}"
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
-        # A plain socket, not asyncio's: a send that cannot be queued at once is dropped, not awaited.
+        # A plain socket, not asyncio's: a send that cannot be queued at once is dropped, not
+        # awaited.
         outbound: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PUSH)
         outbound.setsockopt(zmq.SNDHWM, _SEND_QUEUE)
         outbound.setsockopt(zmq.LINGER, 0)
@@ -212,7 +231,9 @@ class Node:
         try:
             if outbound is None:
                 raise zmq.Again
-            outbound.send_multipart(messages.encode(message, self.name, self.incarnation), zmq.NOBLOCK)
+            outbound.send_multipart(
+                messages.encode(message, self.name, self.incarnation), zmq.NOBLOCK
+            )
         except zmq.Again:
             self.dropped_messages += 1
 
@@ -309,7 +330,9 @@ class ReplicaNode(Node):
             "dtype": spec.model.dtype,
             "compute dtype": str(runner.compute_dtype),
             "page_tokens": str(spec.page_tokens),
-            "layer groups": str([(g.kind, g.window, len(g.layers), g.kv_heads, g.head_dim) for g in runner.groups]),
+            "layer groups": str(
+                [(g.kind, g.window, len(g.layers), g.kv_heads, g.head_dim) for g in runner.groups]
+            ),
             "page layout version": str(LAYOUT_VERSION),
             "protocol version": str(messages.PROTOCOL_VERSION),
             "PageRelay version": pd.__version__,
@@ -398,7 +421,6 @@ class ReplicaNode(Node):
         return Heartbeat(load)
 
     def check(self) -> dict[str, object]:
-        """For tests: integrity, and whether everything was given back."""
         if not self.leader.scheduler.has_step_in_flight:
             self.leader.check_integrity()
         return {"idle": self.leader.is_idle, "load": msgspec.to_builtins(self.leader.load())}

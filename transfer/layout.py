@@ -1,4 +1,5 @@
-"""Byte layout of a page (rule 1): `[kv_head][layer][k|v][token][dim]`, contiguous, the same in every tier."""
+"""Byte layout of a page (rule 1): `[kv_head][layer][k|v][token][dim]`, contiguous, the same in
+every tier."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ class LayerGroup:
 
     kind: Literal["full", "sliding"]
     layers: tuple[int, ...]
-    """The model's layer numbers, ascending; position in the tuple is the layer's place in a page."""
+    """The model's layer numbers, ascending; position in the tuple is the layer's place in a
+    page."""
     kv_heads: int
     head_dim: int
     window: int = 0

@@ -1,14 +1,20 @@
-"""One thread that owns a transport: everything that may block or copy happens there, off the event loop.
+"""One thread that owns a transport: everything that may block or copy happens there, off the event
+loop.
 
-Commands go in by queue; results come out through `on_result`, called on this thread. While a write is in
-flight here, or is expected from a peer (`expect`), the transport is polled every half millisecond; else the
-thread sleeps on its queue and polls now and then, so that peers can connect. It never spins.
+Commands go in by queue; results come out through `on_result`, called on this thread. While a write
+is in flight here, or is expected from a peer (`expect`), the transport is polled every half
+millisecond; else the thread sleeps on its queue and polls now and then, so that peers can connect.
+It never spins.
+
+A write that fails may have torn down the connection: the peer is connected again, once a second
+while that fails, until it is disconnected. Writes posted meanwhile fail.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -17,11 +23,13 @@ from transfer.transport import Int32Array, Transport, TransportError, WriteResul
 
 _BUSY_POLL_S = 0.0005
 _IDLE_POLL_S = 0.02
+_RECONNECT_S = 1.0
 _NULL_PAGE = np.zeros(1, np.int32)
 
 
 class Mover:
-    """`on_result(key, result)` for each `write`; `on_lost(peer, error)` when a peer cannot be connected."""
+    """`on_result(key, result)` for each `write`; `on_lost(peer, error)` each time a peer cannot be
+    connected."""
 
     def __init__(
         self,
@@ -33,7 +41,10 @@ class Mover:
         self._on_result = on_result
         self._on_lost = on_lost
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._keys: dict[int, int | None] = {}
+        self._writes: dict[int, tuple[int | None, str]] = {}
+        """In flight: the caller's key (None: a warm-up of ours) and the peer."""
+        self._descriptions: dict[str, bytes] = {}
+        self._reconnect_at: dict[str, float] = {}
         self._expecting = False
         self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
 
@@ -41,23 +52,28 @@ class Mover:
         self._thread.start()
 
     def connect(self, peer: str, description: bytes) -> None:
-        """Connect, and write the null page once, so that the first real write finds the wires up."""
+        """Connect, and write the null page once, so that the first real write finds the wires
+        up."""
 
         def run() -> None:
-            try:
-                self._transport.connect(peer, description)
-            except TransportError as error:
-                self._on_lost(peer, str(error))
-            else:
-                self._post(None, peer, 0, _NULL_PAGE, _NULL_PAGE)
+            self._descriptions[peer] = description
+            self._connect(peer)
 
         self._commands.put(run)
 
     def disconnect(self, peer: str) -> None:
-        self._commands.put(lambda: self._transport.disconnect(peer))
+        def run() -> None:
+            self._descriptions.pop(peer, None)
+            self._reconnect_at.pop(peer, None)
+            self._transport.disconnect(peer)
 
-    def write(self, key: int, peer: str, region: int, source: Int32Array, target: Int32Array) -> None:
-        """Post a write; its end is reported as `on_result(key, …)`, also when it cannot be posted."""
+        self._commands.put(run)
+
+    def write(
+        self, key: int, peer: str, region: int, source: Int32Array, target: Int32Array
+    ) -> None:
+        """Post a write; its end is reported as `on_result(key, …)`, also when it cannot be
+        posted."""
         self._commands.put(lambda: self._post(key, peer, region, source, target))
 
     def expect(self, expecting: bool) -> None:
@@ -72,6 +88,16 @@ class Mover:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def _connect(self, peer: str) -> None:
+        self._reconnect_at.pop(peer, None)
+        try:
+            self._transport.connect(peer, self._descriptions[peer])
+        except TransportError as error:
+            self._reconnect_at[peer] = time.monotonic() + _RECONNECT_S
+            self._on_lost(peer, str(error))
+        else:
+            self._post(None, peer, 0, _NULL_PAGE, _NULL_PAGE)
+
     def _post(
         self, key: int | None, peer: str, region: int, source: Int32Array, target: Int32Array
     ) -> None:
@@ -81,11 +107,11 @@ class Mover:
             if key is not None:
                 self._on_result(key, WriteResult(-1, str(error), 0, 0, 0.0))
         else:
-            self._keys[write_id] = key
+            self._writes[write_id] = (key, peer)
 
     def _run(self) -> None:
         while True:
-            timeout = _BUSY_POLL_S if self._keys or self._expecting else _IDLE_POLL_S
+            timeout = _BUSY_POLL_S if self._writes or self._expecting else _IDLE_POLL_S
             try:
                 command = self._commands.get(timeout=timeout)
                 while True:
@@ -97,11 +123,15 @@ class Mover:
             except queue.Empty:
                 pass
             for result in self._transport.poll():
-                key = self._keys.pop(result.write_id)
+                key, peer = self._writes.pop(result.write_id)
+                if result.error is not None and peer in self._descriptions:
+                    self._reconnect_at.setdefault(peer, time.monotonic() + _RECONNECT_S)
                 if key is not None:
                     self._on_result(key, result)
+            for peer, when in list(self._reconnect_at.items()):
+                if time.monotonic() >= when:
+                    self._connect(peer)
 
 
 def _wake() -> None:
     """A command that only ends the wait for one."""
-

@@ -1,10 +1,11 @@
 """The transport interface: bytes between registered regions, nothing else.
 
-A transport knows no request, no model and no cache. A process registers its page pools as regions; its
-description goes to peers, which connect and then write whole pages into them, one-sidedly. One thread owns
-a transport: no method is called from two threads. A write is over when `poll` has returned its result, and
-only then may its source or target pages be reused; there is no way to take a posted write back, so `cancel`
-does not exist: who wants out waits for the result. Some backends need the target to call `poll` as well.
+A transport knows no request, no model and no cache. A process registers its page pools as regions;
+its description goes to peers, which connect and then write whole pages into them, one-sidedly. One
+thread owns a transport: no method is called from two threads. A write is over when `poll` has
+returned its result, and only then may its source or target pages be reused; there is no way to take
+a posted write back, so `cancel` does not exist: who wants out waits for the result. Some backends
+need the target to call `poll` as well.
 
 Errors are `TransportError`, with the backend's own as the cause.
 """
@@ -54,8 +55,8 @@ class Region:
 class WriteResult:
     write_id: int
     error: str | None
-    """None: every byte has landed at the target. Else why not, and any part of the pages may have been
-    written; no further byte will be."""
+    """None: every byte has landed at the target. Else why not, and any part of the pages may have
+    been written; no further byte will be."""
     bytes_moved: int
     descriptors: int
     seconds: float
@@ -75,23 +76,28 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def connect(self, peer: str, description: bytes) -> None:
-        """Prepare writing to `peer`. Raises PeerError when regions differ in number or page size."""
+        """Prepare writing to `peer`. Raises PeerError when regions differ in number or page
+        size."""
 
     @abc.abstractmethod
     def disconnect(self, peer: str) -> None:
         """Forget `peer`; its writes in flight end with an error. Unknown peers are ignored."""
 
     @abc.abstractmethod
-    def write(self, peer: str, region: int, source_pages: Int32Array, target_pages: Int32Array) -> int:
-        """Post source_pages[i] of our region -> target_pages[i] of the peer's; returns the write's id.
+    def write(
+        self, peer: str, region: int, source_pages: Int32Array, target_pages: Int32Array
+    ) -> int:
+        """Post source_pages[i] of our region -> target_pages[i] of the peer's; returns the write's
+        id.
 
-        Returns quickly or copies inline, as the backend does. Raises PeerError when `peer` is not connected,
-        IndexError when a page is out of range.
+        Returns quickly or copies inline, as the backend does. Raises PeerError when `peer` is not
+        connected, IndexError when a page is out of range.
         """
 
     @abc.abstractmethod
     def poll(self) -> list[WriteResult]:
-        """Drive progress, also of inbound writes, and return the writes that ended since the last call."""
+        """Drive progress, also of inbound writes, and return the writes that ended since the last
+        call."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -40,6 +40,8 @@ class Choice:
     has_begun: bool = False
     parts: list[str] = field(default_factory=list)
     entries: list[LogprobEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    """Counted and not sent yet; of an answer that does not stream, all."""
     finish_reason: FinishReason | None = None
 
 
@@ -95,7 +97,9 @@ class Generation:
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events up to [DONE]. Raises ApiError where a choice fails, ClientGone."""
         async for choice, delta in self._deltas():
-            if delta.text or delta.logprobs or delta.finish_reason or not choice.has_begun:
+            has_ids = self.request.return_token_ids and choice.token_ids
+            has_news = delta.text or delta.logprobs or delta.finish_reason or has_ids
+            if has_news or not choice.has_begun:
                 yield _event(self._chunk(choice, delta))
         if self.request.include_usage:
             yield _event({**self._chunk_head, "choices": [], "usage": self._usage()})
@@ -119,7 +123,9 @@ class Generation:
                 continue  # a stop string has ended it; this is the end of the closed stream
             if output.finish_reason in ("error", "abort"):
                 raise self._failure(choice, output)
+            num_before = choice.text.num_tokens
             delta = choice.text.push(output)
+            choice.token_ids += output.token_ids[: choice.text.num_tokens - num_before]
             if delta.finish_reason is not None:
                 choice.finish_reason = delta.finish_reason
                 choice.stream.close()
@@ -142,6 +148,8 @@ class Generation:
         choice.has_begun = True
         part["logprobs"] = self._logprobs(delta.logprobs) if delta.logprobs else None
         part["finish_reason"] = delta.finish_reason
+        if self.request.return_token_ids:
+            part["token_ids"], choice.token_ids = choice.token_ids, []
         chunk = {**self._chunk_head, "choices": [part]}
         if self.request.include_usage:
             chunk["usage"] = None
@@ -162,6 +170,7 @@ class Generation:
             **content,
             "logprobs": self._logprobs(choice.entries) if wanted else None,
             "finish_reason": choice.finish_reason,
+            **({"token_ids": choice.token_ids} if self.request.return_token_ids else {}),
         }
 
     def _logprobs(self, entries: list[LogprobEntry]) -> dict[str, Any]:

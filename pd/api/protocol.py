@@ -104,6 +104,8 @@ class GenerationRequest(RequestModel):
     min_tokens: int = Field(default=0, ge=0)
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     return_timings: bool = False
+    return_token_ids: bool = False
+    """Each choice or chunk has `token_ids`: the tokens that it adds, a stop token included."""
 
     @property
     def include_usage(self) -> bool:

@@ -104,8 +104,13 @@ def plot_report(report: Report, path: Path) -> None:
         axis.grid(alpha=0.3)
     if bars:
         panels[0][0].legend(fontsize="small")
-    axes[1][1].barh([label for label, _ in bars], [value for _, value in bars])
-    axes[1][1].set(xlabel="output tok/s")
+    rates = axes[1][1]
+    values = [value for _, value in bars]
+    drawn = rates.barh(range(len(bars)), values, color=[f"C{i}" for i in range(len(bars))])
+    rates.bar_label(drawn, fmt="{:,.0f}", padding=3)
+    rates.set(xlabel="output tok/s", yticks=[])
+    rates.margins(x=0.15)
+    rates.invert_yaxis()
     conditions = report.conditions
     figure.suptitle(f"{conditions['model']}: {conditions['lengths']}; {conditions['machine']}")
     try:

@@ -38,8 +38,7 @@ class BenchError(ValueError):
     """The load cannot be made as asked; one line."""
 
 
-# -------------------------------------------------------------------------------------- what to
-# send
+# ------------------------------------------------------------------------------------- what to send
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,8 +172,7 @@ def _trace_prompt(
     return tuple(tokens[: line.num_prompt])
 
 
-# -------------------------------------------------------------------------------------------
-# sending
+# ------------------------------------------------------------------------------------------ sending
 
 
 class _Choice(msgspec.Struct):
@@ -378,8 +376,7 @@ async def run_load(
     return Run(server.url, mode, results, time.process_time() - cpu_s, interrupted)
 
 
-# ------------------------------------------------------------------------------------- the
-# benchmark
+# ------------------------------------------------------------------------------------ the benchmark
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

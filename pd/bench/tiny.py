@@ -1,4 +1,5 @@
-"""Small random models for tests and benchmarks: real architectures, a byte-level tokenizer, no download."""
+"""Small random models for tests and benchmarks: real architectures, a byte-level tokenizer, no
+download."""
 
 from __future__ import annotations
 
@@ -25,21 +26,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_MIXED},
 }
-"""Model type -> what differs from the small shape; windows are short, so that short prompts cross them."""
+"""Model type -> what differs from the small shape; windows are short, so that short prompts cross
+them."""
 
 
 def make_tiny_model(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
     """Write a model with random float32 weights and a tokenizer to `folder`; returns it.
 
-    Weights are scaled up from the usual initialisation, so that greedy tokens vary and lie apart. `dtype`
-    among the overrides chooses another precision.
+    Weights are scaled up from the usual initialisation, so that greedy tokens vary and lie apart.
+    `dtype` among the overrides chooses another precision.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = getattr(torch, overrides.pop("dtype", "float32"))
     config = AutoConfig.for_model(
-        family, **{**_SMALL, **FAMILIES[family], **overrides}, bos_token_id=None, eos_token_id=256, pad_token_id=257
+        family,
+        **{**_SMALL, **FAMILIES[family], **overrides},
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -55,7 +61,8 @@ def make_tiny_model(folder: Path, family: str, seed: int = 0, **overrides: Any) 
 
 
 def _byte_tokenizer(vocab_size: int) -> Any:
-    """Tokens 0-255 are bytes, 256 and 257 end and padding; the rest are words that no text encodes to."""
+    """Tokens 0-255 are bytes, 256 and 257 end and padding; the rest are words that no text encodes
+    to."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,5 +73,7 @@ def _byte_tokenizer(vocab_size: int) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<end>", special=True), AddedToken("<pad>", special=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("<end>", special=True), AddedToken("<pad>", special=True)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")

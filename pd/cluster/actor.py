@@ -8,14 +8,12 @@ import logging
 import os
 from typing import Any
 
-import ray
-
 from pd.node import Member, NodeConfig, make_node
 
 
-@ray.remote(max_restarts=0, max_concurrency=16)
 class NodeActor:
-    """One process: `start` once, then `set_members` and `report` as often as wanted, `stop` at the end."""
+    """One process: `start` once, then `set_members` and `report` as often as wanted, `stop` at the
+    end."""
 
     def __init__(self, config: NodeConfig) -> None:
         faulthandler.enable()

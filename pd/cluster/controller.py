@@ -1,21 +1,20 @@
 """Brings a spec's processes up on Ray, watches them, and takes them down.
 
-One placement group per replica, one actor per process, one namespace per cluster (`pagerelay/NAME`). The
-controller tells every node who is a member; a process that dies, fails or does not answer for the heartbeat
-time-out is ended and taken off the list, which makes the others end the requests that need it. It is not
-replaced yet. All waits have deadlines.
+One placement group per replica, one actor per process, one namespace per cluster
+(`pagerelay/NAME`). The controller tells every node who is a member; a process that dies, fails or
+does not answer for the heartbeat time-out is ended and taken off the list, which makes the others
+end the requests that need it. It is not replaced yet. All waits have deadlines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,14 @@ class _Process:
 
 
 class Controller:
-    """Use as: `start`, `watch` until it returns, `stop` always."""
+    """Use as: `connect`, `start`, `watch_once` again and again, `stop` always."""
 
-    def __init__(self, spec: ClusterSpec, progress: Progress) -> None:
+    def __init__(
+        self, spec: ClusterSpec, progress: Progress, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` is called twice a second while waiting, and may raise to end the wait."""
         self.spec = spec
+        self._check = check
         self.url = ""
         self._progress = progress
         self._processes: list[_Process] = []
@@ -71,14 +74,12 @@ class Controller:
     def processes(self) -> dict[str, _Process]:
         return {process.name: process for process in self._processes}
 
-    # -------------------------------------------------------------------------------------------- start
+    # ---------------------------------------------------------------------------------------- start
 
-    def start(self) -> None:
+    def start(self, folder: Path) -> None:
+        """Bring all processes up, with the model in `folder`, and introduce them to each other."""
         spec = self.spec
         deadline = time.monotonic() + spec.timeouts.start
-        self._progress("model: resolving " + spec.model.path)
-        folder = resolve_model(spec.model.path, progress=self._progress)
-        self._connect_ray()
         self._choose_network()
         for role, role_spec in spec.roles.items():
             for number in range(role_spec.replicas.min):
@@ -88,15 +89,20 @@ class Controller:
         self._wait_started(deadline)
         self._check_compatible()
         self._announce("")
-        self.url = next(p.member.facts["url"] for p in self._processes if p.member and p.role is None)
+        self.url = next(
+            p.member.facts["url"] for p in self._processes if p.member and p.role is None
+        )
 
-    def _connect_ray(self) -> None:
+    def connect(self) -> None:
+        """To the Ray cluster that this process was started in, else to a local one of its own."""
         # A local head writes a token that would make a later one demand it; be explicit.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = os.environ.get("RAY_ADDRESS", "")
         namespace = f"pagerelay/{self.spec.name}"
-        self._progress(f"ray: {'connecting to ' + address if address else 'starting a local cluster'}")
+        self._progress(
+            f"ray: {'connecting to ' + address if address else 'starting a local cluster'}"
+        )
         self._owns_ray = not address
         options: dict[str, Any] = {"address": address or "local"}
         if not address:
@@ -107,8 +113,8 @@ class Controller:
         except ValueError:
             return
         raise StartError(
-            f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; stop it, or choose "
-            "another name"
+            f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; stop it, "
+            "or choose another name"
         )
 
     def _choose_network(self) -> None:
@@ -139,7 +145,8 @@ class Controller:
             }
         # Compute threads that wait must sleep, not spin: the cores are shared.
         environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        actor = NodeActor.options(runtime_env={"env_vars": environment}, **options).remote(config)
+        options |= {"runtime_env": {"env_vars": environment}, "max_concurrency": 16}
+        actor = ray.remote(**options)(NodeActor).remote(config)
         self._processes.append(_Process(name, role, actor, group))
 
     def _node_host(self) -> str:
@@ -150,12 +157,15 @@ class Controller:
             if process.group is None:
                 continue
             self._progress(f"{process.name}: waiting for resources")
-            left = max(0.1, deadline - time.monotonic())
-            if not process.group.wait(left):
+            while not process.group.wait(_WATCH_S):
+                self._check()
+                if time.monotonic() < deadline:
+                    continue
                 wants = process.group.bundle_specs[0]
                 raise StartError(
-                    f"{process.name}: no node offers {wants} within {self.spec.timeouts.start:g} s; the "
-                    f"cluster has {ray.cluster_resources()}, of which {ray.available_resources()} are free"
+                    f"{process.name}: no node offers {wants} within "
+                    f"{self.spec.timeouts.start:g} s (timeouts.start); the cluster has "
+                    f"{_amounts(ray.cluster_resources())}, free {_amounts(ray.available_resources())}"
                 )
 
     def _wait_started(self, deadline: float) -> None:
@@ -164,7 +174,10 @@ class Controller:
             left = deadline - time.monotonic()
             if left <= 0:
                 names = ", ".join(process.name for process in pending.values())
-                raise StartError(f"{names}: not ready within {self.spec.timeouts.start:g} s (timeouts.start)")
+                raise StartError(
+                    f"{names}: not ready within {self.spec.timeouts.start:g} s (timeouts.start)"
+                )
+            self._check()
             ready, _ = ray.wait(list(pending), timeout=min(left, _WATCH_S))
             for reference in ready:
                 process = pending.pop(reference)
@@ -177,7 +190,9 @@ class Controller:
         try:
             member: Member = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            raise StartError(f"{process.name}: {type(error.cause).__name__}: {error.cause}") from error
+            raise StartError(
+                f"{process.name}: {type(error.cause).__name__}: {error.cause}"
+            ) from error
         except ray.exceptions.RayActorError as error:
             raise StartError(f"{process.name}: its process died while starting: {error}") from error
         return member
@@ -201,10 +216,12 @@ class Controller:
         told = [process.actor.set_members.remote(members, reason) for process in self._processes]
         ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
-    # -------------------------------------------------------------------------------------------- watch
+    # ---------------------------------------------------------------------------------------- watch
 
     def watch_once(self) -> None:
-        """Look after the processes for half a second. Raises StartError when no API server is left."""
+        """Look after the processes for half a second. Raises StartError when no API server is
+        left."""
+        self._check()
         references = [process.ended for process in self._processes]
         ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
         for process in list(self._processes):
@@ -244,7 +261,7 @@ class Controller:
         if process.group is not None:
             remove_placement_group(process.group)
 
-    # --------------------------------------------------------------------------------------------- stop
+    # ----------------------------------------------------------------------------------------- stop
 
     def stop(self) -> None:
         """End everything that was started; safe at any time, and idempotent."""
@@ -262,36 +279,51 @@ class Controller:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, once; a second one during the stop is ignored."""
+def _amounts(resources: dict[str, float]) -> dict[str, float]:
+    """Without what no spec asks for."""
+    return {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_"))}
 
-    def interrupt(number: int, _: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+class _Signals:
+    """Turns SIGINT and SIGTERM into Interrupted, raised by `check`: Ray's calls do not bear
+    exceptions that come out of a signal handler. Restores what was there before."""
+
+    def __init__(self) -> None:
+        self._received = ""
+        self._before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def install(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self._received = signal.Signals(number).name
+
+    def check(self) -> None:
+        if self._received:
+            raise Interrupted(self._received)
 
 
 def serve(spec: ClusterSpec, progress: Progress, ready: Callable[[str], None]) -> str:
     """Run a cluster until SIGINT or SIGTERM; returns the signal's name. Raises StartError."""
-    controller = Controller(spec, progress)
-    with _signals():
-        try:
-            controller.start()
-            ready(controller.url)
-            while True:
-                controller.watch_once()
-        except Interrupted as signal_name:
-            progress(f"{signal_name}: stopping")
-            return str(signal_name)
-        finally:
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, signal.SIG_IGN)
-            controller.stop()
+    folder = resolve_model(spec.model.path, progress=progress)
+    signals = _Signals()
+    controller = Controller(spec, progress, signals.check)
+    try:
+        signals.install()
+        controller.connect()
+        signals.install()  # Ray has put its own in their place
+        controller.start(folder)
+        ready(controller.url)
+        while True:
+            controller.watch_once()
+    except Interrupted as name:
+        progress(f"{name}: stopping")
+        return str(name)
+    finally:
+        controller.stop()
+        signals.restore()

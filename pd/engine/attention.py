@@ -1,9 +1,10 @@
 """Attention over pages: the function that `transformers` models call, and the step's index tensors.
 
-Everything that depends on the step alone (which pool rows to write, which to gather, masks) is computed
-once in `plan_attention`; per layer there remain one scatter, one gather and one SDPA call for all decoding
-requests of similar length, and one for each prefill chunk. A pool is seen as a matrix of rows: a "token
-row" is the `dim` numbers of one (page, head, layer, k|v, token), a "page row" those of all its tokens.
+Everything that depends on the step alone (which pool rows to write, which to gather, masks) is
+computed once in `plan_attention`; per layer there remain one scatter, one gather and one SDPA call
+for all decoding requests of similar length, and one for each prefill chunk. A pool is seen as a
+matrix of rows: a "token row" is the `dim` numbers of one (page, head, layer, k|v, token), a "page
+row" those of all its tokens.
 
 This backend (torch SDPA over gathered pages) is the reference everywhere and the one on the CPU.
 """
@@ -26,7 +27,8 @@ from pd.messages import Int32Array
 IMPLEMENTATION = "pagerelay"
 
 _BUCKET_RATIO = 2
-"""Decoding requests share a padded gather while the longest has at most so many times the shortest's pages."""
+"""Decoding requests share a padded gather while the longest has at most so many times the
+shortest's pages."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,16 +40,19 @@ class _Gather:
     decode: bool
     """One query per request, padded to the longest; else one request's chunk."""
     page_rows: torch.Tensor | None
-    """(2, batch, kv_heads, pages): page rows of layer place 0. None: the chunk's own keys are all there is."""
+    """(2, batch, kv_heads, pages): page rows of layer place 0. None: the chunk's own keys are all
+    there is."""
     mask: torch.Tensor | None
-    """Decode: (batch, 1, 1, keys); chunk: (queries, keys); True where attended. None: plain causal."""
+    """Decode: (batch, 1, 1, keys); chunk: (queries, keys); True where attended. None: plain
+    causal."""
 
 
 @dataclasses.dataclass(slots=True)
 class _GroupPlan:
     pool: PagePool
     token_rows: torch.Tensor
-    """(2, tokens, kv_heads): token rows of layer place 0 that the step's keys and values are written to."""
+    """(2, tokens, kv_heads): token rows of layer place 0 that the step's keys and values are
+    written to."""
     gathers: list[_Gather]
 
 
@@ -61,7 +66,7 @@ class AttentionPlan:
 _active = threading.local()
 
 
-class use_plan:  # noqa: N801 (a context manager, named like one)
+class use_plan:
     """Makes `plan` the one that attention layers of this thread work on."""
 
     def __init__(self, plan: AttentionPlan) -> None:
@@ -75,9 +80,13 @@ class use_plan:  # noqa: N801 (a context manager, named like one)
 
 
 def plan_attention(
-    command: StepCommand, pools: list[PagePool], tables: list[Int32Array], place: dict[int, tuple[int, int]]
+    command: StepCommand,
+    pools: list[PagePool],
+    tables: list[Int32Array],
+    place: dict[int, tuple[int, int]],
 ) -> AttentionPlan:
-    """Index tensors of one step. `tables[g][row, i]` is the slot of page i, or 0 where there is none."""
+    """Index tensors of one step. `tables[g][row, i]` is the slot of page i, or 0 where there is
+    none."""
     counts, starts, rows = command.counts, command.positions, command.rows
     item_of_token = np.repeat(np.arange(len(rows)), counts)
     first_token = np.concatenate(([0], np.cumsum(counts)[:-1]))
@@ -96,7 +105,8 @@ def plan_attention(
 
 
 def _plan_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> list[_Gather]:
-    """Requests with one token, in runs of similar length (the command has them first, shortest first)."""
+    """Requests with one token, in runs of similar length (the command has them first, shortest
+    first)."""
     num_decodes = int((command.counts == 1).sum())
     position = command.positions[:num_decodes]
     page_tokens, group = pool.layout.page_tokens, pool.layout.group
@@ -127,7 +137,9 @@ def _plan_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> li
     return gathers
 
 
-def _plan_chunk(pool: PagePool, row_table: Int32Array, start: int, count: int, begin: int) -> _Gather:
+def _plan_chunk(
+    pool: PagePool, row_table: Int32Array, start: int, count: int, begin: int
+) -> _Gather:
     page_tokens, group = pool.layout.page_tokens, pool.layout.group
     if start == 0 and (group.kind == "full" or count <= group.window):
         return _Gather(begin, begin + count, False, None, None)
@@ -153,8 +165,9 @@ def paged_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The `transformers` attention interface. query (1, heads, tokens, dim), key and value (1, kv_heads,
-    tokens, dim) -> (1, tokens, heads, dim). `s_aux` are gpt-oss's sink logits, one per head."""
+    """The `transformers` attention interface. query (1, heads, tokens, dim), key and value (1,
+    kv_heads, tokens, dim) -> (1, tokens, heads, dim). `s_aux` are gpt-oss's sink logits, one per
+    head."""
     plan: AttentionPlan = _active.plan
     group_number, place = plan.place[module.layer_idx]  # type: ignore[index]
     group = plan.groups[group_number]
@@ -193,12 +206,18 @@ def _attend(
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """(batch, heads, n, dim) against (batch, kv_heads, keys, dim). For decode, heads is kv_heads and n the
-    group; sinks are then laid out (kv_heads, group), else (heads, 1)."""
+    """(batch, heads, n, dim) against (batch, kv_heads, keys, dim). For decode, heads is kv_heads
+    and n the group; sinks are then laid out (kv_heads, group), else (heads, 1)."""
     grouped = query.shape[1] != key.shape[1]
     if sinks is None and softcap is None:
         return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
     if grouped:
         repeats = query.shape[1] // key.shape[1]

@@ -1,7 +1,8 @@
 """What a leader tells its ranks to do in one step, and what they answer.
 
-Plain data, no torch. A rank keeps, per row (a place in the running batch), the page tables and the sampling
-state; a command carries only what changed: rows that start, pages that were added, the tokens to compute.
+Plain data, no torch. A rank keeps, per row (a place in the running batch), the page tables and the
+sampling state; a command carries only what changed: rows that start, pages that were added, the
+tokens to compute.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class RowStart:
 class StepCommand:
     """One forward pass over packed chunks; item i computes `counts[i]` tokens of row `rows[i]`.
 
-    Items of one token come first. `tokens` holds all chunks end to end. Where `sample[i]`, a token is sampled
-    after the item's last position.
+    Items of one token come first. `tokens` holds all chunks end to end. Where `sample[i]`, a token
+    is sampled after the item's last position.
     """
 
     starts: list[RowStart]

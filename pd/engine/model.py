@@ -1,7 +1,7 @@
 """A rank's model: weights from a local folder, page pools, and the forward pass of one step.
 
-Model code is `transformers`'; attention, cache and batching are ours (`attention.py`, `pool.py`, `batch.py`).
-One thread uses a ModelRunner. It obeys commands and decides nothing.
+Model code is `transformers`'; attention, cache and batching are ours (`attention.py`, `pool.py`,
+`batch.py`). One thread uses a ModelRunner. It obeys commands and decides nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ AttentionInterface.register(attention.IMPLEMENTATION, attention.paged_attention)
 class ModelRunner:
     """`layouts` are known once the config is read; `allocate` must be called before `step`."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, page_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, spec: ModelSpec, page_tokens: int, device: torch.device
+    ) -> None:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.compute_dtype = compute_dtype(spec, device)
         config = AutoConfig.from_pretrained(folder)
         self.groups = layer_groups(config)
-        self.layouts = [PageLayout(group, page_tokens, self.dtype.itemsize) for group in self.groups]
+        self.layouts = [
+            PageLayout(group, page_tokens, self.dtype.itemsize) for group in self.groups
+        ]
         self.vocab_size: int = config.get_text_config().vocab_size
-        self.max_positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions: int | None = getattr(
+            config.get_text_config(), "max_position_embeddings", None
+        )
         self.model = self._load(folder, spec, config)
         ends = self.model.generation_config.eos_token_id
         self.end_tokens: tuple[int, ...] = (
@@ -63,7 +69,10 @@ class ModelRunner:
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
+                folder,
+                config=config,
+                dtype=self.dtype,
+                attn_implementation=attention.IMPLEMENTATION,
             )
         return model.to(device=self.device, dtype=self.compute_dtype).eval()
 
@@ -105,9 +114,11 @@ class ModelRunner:
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """`auto`: the model's dtype where the device calculates in it, float32 on a CPU that would emulate it
-    (a bfloat16 matrix product is then 5 times slower than a float32 one)."""
-    dtype: torch.dtype = getattr(torch, spec.dtype if spec.compute_dtype == "auto" else spec.compute_dtype)
+    """`auto`: the model's dtype where the device calculates in it, float32 on a CPU that would
+    emulate it (a bfloat16 matrix product is then 5 times slower than a float32 one)."""
+    dtype: torch.dtype = getattr(
+        torch, spec.dtype if spec.compute_dtype == "auto" else spec.compute_dtype
+    )
     if spec.compute_dtype == "auto" and device.type == "cpu":
         native = (
             torch.cpu._is_avx512_bf16_supported()
@@ -119,7 +130,8 @@ def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 
 
 def weights_digest(folder: Path, spec: ModelSpec) -> str:
-    """Of what decides a page's content: config and weights (each file's size, first and last MiB)."""
+    """Of what decides a page's content: config and weights (each file's size, first and last
+    MiB)."""
     digest = hashlib.sha256(spec.load.encode())
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)

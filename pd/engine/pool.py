@@ -11,7 +11,8 @@ from transfer.transport import Region
 
 
 class PagePool:
-    """`num_pages` pages, contiguous. Page 0 is the null page: padding reads it, nothing relies on it."""
+    """`num_pages` pages, contiguous. Page 0 is the null page: padding reads it, nothing relies on
+    it."""
 
     def __init__(
         self, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device
@@ -49,14 +50,16 @@ class PagePool:
         return np.stack((rows, rows + 1))
 
     def write(self, token_rows: torch.Tensor, place: int, values: torch.Tensor) -> None:
-        """values (2, tokens, kv_heads, dim) of the layer at `place` to the token rows of `token_rows`."""
+        """values (2, tokens, kv_heads, dim) of the layer at `place` to the token rows of
+        `token_rows`."""
         rows = (token_rows + place * 2 * self.layout.page_tokens).view(-1)
         self._token_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
 
     def gather(
         self, page_rows: torch.Tensor, place: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (batch, kv_heads, pages * page_tokens, dim) of the layer at `place`, as `dtype`."""
+        """Keys and values (batch, kv_heads, pages * page_tokens, dim) of the layer at `place`, as
+        `dtype`."""
         rows = self._page_rows.index_select(0, (page_rows + place * 2).view(-1))
         both = rows.view(*page_rows.shape[:3], -1, self.layout.group.head_dim).to(dtype)
         return both[0], both[1]

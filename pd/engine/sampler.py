@@ -1,8 +1,10 @@
-"""From logits to tokens: penalties and bias, temperature, top-k, top-p, min-p, one random number each.
+"""From logits to tokens: penalties and bias, temperature, top-k, top-p, min-p, one random number
+each.
 
-The random number is a hash of the request's seed and the token's position, so that a request's tokens
-depend neither on the batch nor on the replica, and a request continued elsewhere goes on unchanged. Rows are
-places in the running batch; a row's settings are set by `start_row` and valid until the next one.
+The random number is a hash of the request's seed and the token's position, so that a request's
+tokens depend neither on the batch nor on the replica, and a request continued elsewhere goes on
+unchanged. Rows are places in the running batch; a row's settings are set by `start_row` and valid
+until the next one.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ _NUCLEUS_GUESS = 1024
 def uniform(
     seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position): splitmix64 (Steele et al., 2014) over the mixed seed."""
+    """One number in [0, 1) per (seed, position): splitmix64 (Steele et al., 2014) over the mixed
+    seed."""
     with np.errstate(over="ignore"):
         golden = np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(_mix(seeds) + (positions + np.uint64(1)) * golden) >> np.uint64(11)) * 2.0**-53
+        bits = _mix(_mix(seeds) + (positions + np.uint64(1)) * golden) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -65,7 +69,9 @@ class _RowState:
             logits = logits.index_add(0, self.bias_ids, self.bias_values)
         if num_output < params.min_tokens:
             logits = logits.index_fill(
-                0, torch.tensor(params.stop_token_ids, dtype=torch.long, device=logits.device), -torch.inf
+                0,
+                torch.tensor(params.stop_token_ids, dtype=torch.long, device=logits.device),
+                -torch.inf,
             )
         return logits
 
@@ -164,7 +170,8 @@ class Sampler:
 
 
 def _nucleus_threshold(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Least probability in the smallest set of most likely tokens with mass top_p (of what is left)."""
+    """Least probability in the smallest set of most likely tokens with mass top_p (of what is
+    left)."""
     mass = top_p * probs.sum()
     values = probs.topk(min(_NUCLEUS_GUESS, len(probs))).values
     if values.sum() < mass:

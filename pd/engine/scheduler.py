@@ -1,12 +1,14 @@
-"""Which tokens are computed in the next step, and in which pages: continuous batching with chunked prefill.
+"""Which tokens are computed in the next step, and in which pages: continuous batching with chunked
+prefill.
 
-Pure. A sequence waits, runs (it has a row), and leaves. Each step takes the running sequences' next tokens
-under a token budget: those that need one token first, then prefill chunks, by age. A sequence is admitted
-when all its pages for the tokens known so far fit; if a running one cannot grow, the youngest running
-sequence is preempted: its pages are released (the index may keep them) and its tokens recomputed later.
+Pure. A sequence waits, runs (it has a row), and leaves. Each step takes the running sequences' next
+tokens under a token budget: those that need one token first, then prefill chunks, by age. A
+sequence is admitted when all its pages for the tokens known so far fit; if a running one cannot
+grow, the youngest running sequence is preempted: its pages are released (the index may keep them)
+and its tokens recomputed later.
 
-One step is in flight at a time: `plan` -> `commit`. A sequence dropped meanwhile keeps its pages until the
-commit, because the step writes to them.
+One step is in flight at a time: `plan` -> `commit`. A sequence dropped meanwhile keeps its pages
+until the commit, because the step writes to them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from transfer.layout import LayerGroup
 
 
 class Tracked:
-    """One sequence: its tokens, and the pages that hold the KV of the first `num_computed` of them."""
+    """One sequence: its tokens, and the pages that hold the KV of the first `num_computed` of
+    them."""
 
     __slots__ = (
         "admitted_at",
@@ -123,7 +126,7 @@ class Scheduler:
         """Left during the step in flight; their pages are released at its commit."""
         self._new_pages: list[list[tuple[int, int, int]]] = [[] for _ in groups]
 
-    # ------------------------------------------------------------------------------------ membership
+    # ----------------------------------------------------------------------------------- membership
 
     def add(self, sequence: Tracked) -> None:
         self.waiting.append(sequence)
@@ -132,8 +135,8 @@ class Scheduler:
         self.landed.append(sequence)
 
     def drop(self, sequence: Tracked) -> None:
-        """Forget a sequence and release its pages, at once or when the step in flight ends. Idempotent
-        for a sequence that is in no queue: only its pages are released."""
+        """Forget a sequence and release its pages, at once or when the step in flight ends.
+        Idempotent for a sequence that is in no queue: only its pages are released."""
         if any(sequence is item[0] for item in self._in_flight):
             self.dropped.add(sequence)
         else:
@@ -157,16 +160,18 @@ class Scheduler:
     def has_step_in_flight(self) -> bool:
         return bool(self._in_flight)
 
-    # ----------------------------------------------------------------------------------------- pages
+    # ---------------------------------------------------------------------------------------- pages
 
     def match_prefix(self, sequence: Tracked) -> None:
-        """Take the longest cached prefix, short of the last token, which must be computed to sample."""
+        """Take the longest cached prefix, short of the last token, which must be computed to
+        sample."""
         num_pages = self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
         sequence.tables = self.index.acquire(sequence.hashes[:num_pages])
         sequence.num_computed = num_pages * self._page_tokens
         sequence.num_indexed = num_pages
         sequence.slid = [
-            group.first_needed_page(sequence.num_computed, self._page_tokens) for group in self._groups
+            group.first_needed_page(sequence.num_computed, self._page_tokens)
+            for group in self._groups
         ]
 
     def release_pages(self, sequence: Tracked) -> None:
@@ -177,8 +182,9 @@ class Scheduler:
         sequence.num_computed = sequence.num_indexed = 0
 
     def reserve_prompt(self, sequence: Tracked) -> list[int] | None:
-        """Allocate the pages that the first decode step needs beyond the matched prefix; None when they do
-        not fit. Returns, by group, the first page allocated; earlier ones are cached or out of the window."""
+        """Allocate the pages that the first decode step needs beyond the matched prefix; None when
+        they do not fit. Returns, by group, the first page allocated; earlier ones are cached or out
+        of the window."""
         total = self._pages_for(sequence.prompt_len)
         firsts = []
         for group, table in zip(self._groups, sequence.tables, strict=True):
@@ -213,7 +219,8 @@ class Scheduler:
                 sequence.slid[number] = first
 
     def _grow(self, sequence: Tracked, num_tokens: int) -> bool:
-        """Make the tables cover the first `num_tokens` tokens; False (nothing changed) without room."""
+        """Make the tables cover the first `num_tokens` tokens; False (nothing changed) without
+        room."""
         total = self._pages_for(num_tokens)
         counts = [max(0, total - len(table)) for table in sequence.tables]
         if not any(counts):
@@ -233,7 +240,7 @@ class Scheduler:
             (row, first + i, slot) for i, slot in enumerate(slots) if slot >= 0
         ]
 
-    # ------------------------------------------------------------------------------------------ steps
+    # ---------------------------------------------------------------------------------------- steps
 
     def plan(self, now: float) -> StepCommand | None:
         """The next step, or None when there is nothing to do (or one is in flight)."""
@@ -279,8 +286,8 @@ class Scheduler:
         return self._command(items, starts)
 
     def _claim_pages(self, sequence: Tracked) -> bool:
-        """Match the prefix if all pages that the tokens known so far need will fit at once, and one to grow
-        for each running sequence."""
+        """Match the prefix if all pages that the tokens known so far need will fit at once, and one
+        to grow for each running sequence."""
         self.match_prefix(sequence)
         counts = []
         for group, table in zip(self._groups, sequence.tables, strict=True):
@@ -331,7 +338,9 @@ class Scheduler:
             positions=np.array([s.num_computed for s, _ in items], np.int32),
             counts=np.array([n for _, n in items], np.int32),
             sample=np.array([sample for _, _, sample in self._in_flight], np.bool_),
-            tokens=np.concatenate([s.buffer[s.num_computed : s.num_computed + n] for s, n in items]),
+            tokens=np.concatenate(
+                [s.buffer[s.num_computed : s.num_computed + n] for s, n in items]
+            ),
             pages=[np.array(pages, np.int32).reshape(-1, 3) for pages in self._new_pages],
         )
         self._new_pages = [[] for _ in self._groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from cluster_sim import Simulation, SimReplica, reference
+from cluster_sim import SimReplica, Simulation, reference
 
 
 def make_prompts(rng: random.Random, count: int) -> list[list[int]]:
@@ -46,7 +46,9 @@ def test_every_request_gets_its_tokens_and_gives_everything_back(seed: int) -> N
         requests[request_id] = (prompt, max_tokens)
         simulation.at(
             rng.random() * 200,
-            lambda r=request_id, p=prompt, m=max_tokens, d=decode, f=prefill: simulation.generate(r, p, m, d, f),
+            lambda r=request_id, p=prompt, m=max_tokens, d=decode, f=prefill: simulation.generate(
+                r, p, m, d, f
+            ),
         )
     simulation.run()
     for request_id, (prompt, max_tokens) in requests.items():
@@ -71,12 +73,14 @@ def test_aborts_failures_and_deaths_leave_nothing(seed: int) -> None:
         timeout = rng.choice((1e6, 40.0))
         simulation.at(
             when,
-            lambda r=request_id, p=prompt, m=max_tokens, d=decode, f=prefill, t=timeout: simulation.generate(
-                r, p, m, d, f, t
+            lambda r=request_id, p=prompt, m=max_tokens, d=decode, f=prefill, t=timeout: (
+                simulation.generate(r, p, m, d, f, t)
             ),
         )
         if rng.random() < 0.4:
-            simulation.at(when + rng.random() * 60, lambda r=request_id, d=decode: simulation.abort(r, d))
+            simulation.at(
+                when + rng.random() * 60, lambda r=request_id, d=decode: simulation.abort(r, d)
+            )
     for when in range(0, 1000, 7):
         simulation.at(when, simulation.tick_all)
     dead = rng.choice(("", "prefill-0", "decode-0"))

@@ -1,8 +1,10 @@
-"""Leaders on a virtual clock: seeded delays, aborts and deaths, and page contents that name their place.
+"""Leaders on a virtual clock: seeded delays, aborts and deaths, and page contents that name their
+place.
 
-A pool's page is a list of (token prefix hash) per offset, so that a step can check that every key it
-attends to is the right one, and a byte in the wrong page is seen at once. The sampled token is a function of
-the whole prefix. Messages between two nodes keep their order (as ZMQ does); everything else may overtake.
+A pool's page is a list of (token prefix hash) per offset, so that a step can check that every key
+it attends to is the right one, and a byte in the wrong page is seen at once. The sampled token is a
+function of the whole prefix. Messages between two nodes keep their order (as ZMQ does); everything
+else may overtake.
 """
 
 from __future__ import annotations
@@ -18,7 +20,18 @@ from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
 from pd import leader as events
 from pd.engine.batch import StepCommand, StepResult
-from pd.leader import Leader, PeerDown, PeerUp, Received, RunStep, Send, StepDone, Tick, Write, Written
+from pd.leader import (
+    Leader,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunStep,
+    Send,
+    StepDone,
+    Tick,
+    Write,
+    Written,
+)
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
 from transfer.layout import LayerGroup
 
@@ -49,7 +62,9 @@ def reference(prompt: list[int], max_tokens: int) -> list[int]:
 class SimReplica:
     """A leader with a rank whose KV are prefix hashes."""
 
-    def __init__(self, name: str, pages: int, max_batch_tokens: int, max_running: int, local: int) -> None:
+    def __init__(
+        self, name: str, pages: int, max_batch_tokens: int, max_running: int, local: int
+    ) -> None:
         num_pages = [pages, pages]
         self.name = name
         self.alive = True
@@ -121,10 +136,16 @@ class Simulation:
             self.now, _, action = heapq.heappop(self._queue)
             action()
 
-    # --------------------------------------------------------------------------------------- the client
+    # ----------------------------------------------------------------------------------- the client
 
     def generate(
-        self, request_id: str, prompt: list[int], max_tokens: int, decode: str, prefill: str, timeout: float = 1e6
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        decode: str,
+        prefill: str,
+        timeout: float = 1e6,
     ) -> None:
         hashes = b"".join(page_hashes(np.array(prompt, np.int32), PAGE, ROOT))
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
@@ -135,11 +156,13 @@ class Simulation:
     def abort(self, request_id: str, decode: str) -> None:
         self.send("api", decode, Abort(request_id))
 
-    # -------------------------------------------------------------------------------------- the machine
+    # ---------------------------------------------------------------------------------- the machine
 
     def send(self, sender: str, to: str, message: Any) -> None:
         """In order per pair, after a random delay."""
-        arrival = max(self._last_arrival.get((sender, to), 0.0), self.now + self.random.random() * 3)
+        arrival = max(
+            self._last_arrival.get((sender, to), 0.0), self.now + self.random.random() * 3
+        )
         self._last_arrival[sender, to] = arrival
         self.at(arrival, lambda: self._arrive(sender, to, message))
 
@@ -183,7 +206,10 @@ class Simulation:
                 content = replica.pools[write.group][source]
                 target.pools[write.group][destination] = list(content)
         self.after(
-            2, lambda: self.deliver(replica, Written(write.write_id, error, 1, len(write.source_pages), 0.1))
+            2,
+            lambda: self.deliver(
+                replica, Written(write.write_id, error, 1, len(write.source_pages), 0.1)
+            ),
         )
 
     def tick_all(self) -> None:
@@ -197,7 +223,7 @@ class Simulation:
             if other.alive:
                 self.after(30, lambda o=other: self.deliver(o, PeerDown(name, "killed")))
 
-    # -------------------------------------------------------------------------------------------- results
+    # -------------------------------------------------------------------------------------- results
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.outputs[request_id] for token in output.token_ids]

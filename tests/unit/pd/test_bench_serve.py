@@ -4,6 +4,7 @@ server."""
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import random
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
+from pd.bench.report import plot_report, print_report
 from pd.bench.serve import (
     BenchError,
     BenchOptions,
     PlannedRequest,
+    Report,
     Run,
     Server,
     ask_server,
@@ -391,3 +395,22 @@ def test_asking_a_server() -> None:
             await ask_server(url, "", "")
 
     asyncio.run(scenario())
+
+
+def test_report_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = [result(0.0, [1.0, 1.5, 2.0], 3), result(0.5, [], 0, error="429: [full]")]
+    run = Run("http://127.0.0.1:1", "open loop", results, 0.25, False)
+    conditions = {"model": "tiny", "lengths": "8 in, 3 out", "machine": "x", "rate": None}
+    report = Report(conditions, [run], [("open loop", {"ttft_p50": 0.5})], interrupted=True)
+    console = Console(file=io.StringIO(), width=100)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for part in ("1,000.00", "500.00", "1.5 tok/s out", "1 errors: 429: [full]", "interrupted"):
+        assert part in text
+    plot_report(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plot_report(Report(conditions, [], []), tmp_path / "empty.png")
+    with pytest.raises(BenchError, match="--plot"):
+        plot_report(report, tmp_path / "none" / "plot.png")

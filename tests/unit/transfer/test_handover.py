@@ -229,6 +229,7 @@ class Run:
         self.to_sender: list[str] = []
         self.last_id = 0
         self.sender_alive = True
+        self.has_failed = False
 
     def steps(self) -> list[Callable[[], None]]:
         steps: list[Callable[[], None]] = []
@@ -263,6 +264,7 @@ class Run:
         self.in_flight.remove(write_id)
         if self.sender is not None:
             ok = self.random.random() > 0.1
+            self.has_failed |= not ok
             assert self.sender.write_done(write_id, ok, 1, 1, 0.0)
             self.report()
 
@@ -271,6 +273,7 @@ class Run:
         if self.sender is not None and self.sender.is_closed:
             assert not self.in_flight, "source pages released under a write"
             complete = self.sender.is_complete
+            assert complete != (self.has_failed or bool(self.sender.reason))
             self.to_receiver.append("pages_written" if complete else "handover_closed")
             self.sender = None
 
@@ -325,4 +328,6 @@ def test_no_page_is_reused_under_a_write_whatever_happens(block):
                 break
         assert run.receiver.may_reuse_targets, f"seed {seed}: pages in quarantine for ever"
         # Without faults only a failed write ends a handover early.
-        assert faults or run.receiver.state is ReceiverState.LANDED or run.receiver.reason == "closed"
+        assert (
+            faults or run.receiver.state is ReceiverState.LANDED or run.receiver.reason == "closed"
+        )
