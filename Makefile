@@ -5,7 +5,7 @@
 .DELETE_ON_ERROR:
 
 # The first that runs: a pyenv shim for a version that is not there is found, but fails.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$p && break; done)
 VENV := .venv

@@ -89,11 +89,13 @@ class NodeConfig:
     role: Role | None
     spec: ClusterSpec
     model_folder: str
+    """Where the controller found the model; a node that has no such folder resolves it itself."""
     socket_folder: str
     """ipc sockets; empty: tcp."""
     curve: tuple[bytes, bytes] | None = None
     """tcp: the cluster's public and secret CURVE key."""
-    host: str = "127.0.0.1"
+    host: str = ""
+    """tcp: the address to bind, and to be reached at."""
 
 
 class Node:
@@ -137,6 +139,15 @@ class Node:
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat()
+
+    def model_folder(self) -> Path:
+        """Blocks; converting a model can take minutes."""
+        from pd.models import resolve_model
+
+        folder = Path(self.config.model_folder)
+        if folder.exists():
+            return folder
+        return resolve_model(self.spec.model.path, weights=self.spec.model.load == "weights")
 
     async def shut_down(self) -> None:
         """Release what `prepare` took."""
@@ -271,9 +282,7 @@ class _OnlyKey:
         self._public = public
 
     def callback(self, domain: str, key: bytes) -> bool:
-        from zmq.utils import z85
-
-        return z85.encode(key) == self._public
+        return key == self._public
 
 
 class ReplicaNode(Node):
@@ -298,7 +307,7 @@ class ReplicaNode(Node):
 
         assert self.config.role is not None
         spec, role = self.spec, dict(self.spec.roles.items())[self.config.role]
-        folder = Path(self.config.model_folder)
+        folder = self.model_folder()
         device = torch.device("cuda", 0) if role.device == "cuda" else torch.device("cpu")
         if device.type == "cpu":
             torch.set_num_threads(role.threads)
@@ -451,7 +460,7 @@ class ApiNode(Node):
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.config.model_folder)
+        return AutoTokenizer.from_pretrained(self.model_folder())
 
     def _listen(self) -> socket.socket:
         """Bound before anything is started, so that a port in use is an error at start-up."""

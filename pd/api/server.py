@@ -264,6 +264,7 @@ class _Server:
             "created": self._created,
             "owned_by": "pagerelay",
             "max_model_len": self._model.max_context,
+            "vocab_size": self._model.vocab_size,
         }
 
     async def health(self, request: Request) -> Response:

@@ -45,7 +45,7 @@ details, as I give them to show that I have not been hasty in coming to a decisi
 My work is now nearly finished; but as it will take me two or three more years to complete it, \
 and as my health is far from strong, I have been urged to publish this Abstract. I have more \
 especially been induced to do this, as Mr. Wallace, who is now studying the natural history of \
-the Malay archipelago, has arrived at almost exactly the same general conclusions that I have on
+the Malay archipelago, has arrived at almost exactly the same general conclusions that I have on\
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import faulthandler
 import logging
 import os
@@ -19,7 +20,8 @@ class NodeActor:
         faulthandler.enable()
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("pagerelay").setLevel(os.environ.get("PAGERELAY_LOG", "INFO"))
-        self._node = make_node(config)
+        host = ray.util.get_node_ip_address()
+        self._node = make_node(dataclasses.replace(config, host=host))
 
     async def start(self) -> Member:
         return await self._node.start()

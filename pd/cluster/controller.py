@@ -125,9 +125,7 @@ class Controller:
             self._curve = zmq.curve_keypair()
 
     def _create(self, name: str, role: Role | None, folder: Path) -> None:
-        config = NodeConfig(
-            name, role, self.spec, str(folder), self._socket_folder, self._curve, self._node_host()
-        )
+        config = NodeConfig(name, role, self.spec, str(folder), self._socket_folder, self._curve)
         options: dict[str, Any] = {"name": name, "num_cpus": 0}
         group = None
         threads = 1
@@ -149,9 +147,6 @@ class Controller:
         actor = ray.remote(**options)(NodeActor).remote(config)
         self._processes.append(_Process(name, role, actor, group))
 
-    def _node_host(self) -> str:
-        return "127.0.0.1" if self._socket_folder else ""
-
     def _wait_placed(self, deadline: float) -> None:
         for process in self._processes:
             if process.group is None:
@@ -165,7 +160,8 @@ class Controller:
                 raise StartError(
                     f"{process.name}: no node offers {wants} within "
                     f"{self.spec.timeouts.start:g} s (timeouts.start); the cluster has "
-                    f"{_amounts(ray.cluster_resources())}, free {_amounts(ray.available_resources())}"
+                    f"{_amounts(ray.cluster_resources())}, and free are "
+                    f"{_amounts(ray.available_resources())}"
                 )
 
     def _wait_started(self, deadline: float) -> None:
@@ -310,7 +306,8 @@ class _Signals:
 
 def serve(spec: ClusterSpec, progress: Progress, ready: Callable[[str], None]) -> str:
     """Run a cluster until SIGINT or SIGTERM; returns the signal's name. Raises StartError."""
-    folder = resolve_model(spec.model.path, progress=progress)
+    weights = spec.model.load == "weights"
+    folder = resolve_model(spec.model.path, progress=progress, weights=weights)
     signals = _Signals()
     controller = Controller(spec, progress, signals.check)
     try:

@@ -84,4 +84,6 @@ def test_a_token_without_text_is_sent_when_it_comes(api: Any) -> None:
     lines = api.post("/v1/completions", asked).text.splitlines()
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert num_tokens > 3
-    assert [len(chunk["choices"][0]["token_ids"]) for chunk in chunks] == [1] * num_tokens
+    counts = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks]
+    assert sum(counts) == num_tokens
+    assert sum(not chunk["choices"][0]["text"] for chunk in chunks) >= 2

@@ -1,0 +1,193 @@
+"""Two replicas and a client in one process, no Ray: every network and transport, on the CPU and a GPU."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from transformers import AutoModelForCausalLM
+
+from pd import messages
+from pd.api.client import EngineClient
+from pd.bench.tiny import make_tiny_model
+from pd.messages import AnyMessage, Heartbeat, Output, SamplingParams
+from pd.node import Member, Node, NodeConfig, ReplicaNode
+from pd.router import Router
+from pd.spec import ClusterSpec
+
+_DEADLINE_S = 60
+PROMPT_LENGTHS = (5, 33, 64, 100)
+
+
+class ClientNode(Node):
+    """The engine client without HTTP."""
+
+    client: EngineClient
+
+    async def prepare(self) -> Member:
+        self.client = EngineClient(self.send, Router(100), self.spec.page_tokens)
+        self.client.set_fingerprint("test")
+        return Member(self.name, None, self.incarnation, "")
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        self.client.on_message(sender, message)
+
+    def member_joined(self, member: Member) -> None:
+        if member.role is not None:
+            self.client.on_peer_up(member.name, member.role)
+
+    def member_left(self, member: Member, reason: str) -> None:
+        self.client.on_peer_down(member.name, reason)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "gemma3_text")
+
+
+def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def make_spec(folder: Path, backend: str, device: str) -> ClusterSpec:
+    role = {"device": device, "pool": {"pages": 200}, "max_batch_tokens": 16}
+    return ClusterSpec.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "page_tokens": 8,
+            "roles": {"prefill": role, "decode": role},
+            "transfer": {"backend": backend},
+            "router": {"local_prefill_tokens": 0},
+        }
+    )
+
+
+@asynccontextmanager
+async def cluster(
+    spec: ClusterSpec, sockets: str
+) -> AsyncIterator[tuple[ClientNode, ReplicaNode, ReplicaNode]]:
+    curve = None if sockets else zmq.curve_keypair()
+    configs = {
+        name: NodeConfig(name, role, spec, spec.model.path, sockets, curve, "127.0.0.1")
+        for name, role in (("prefill-0", "prefill"), ("decode-0", "decode"), ("api-0", None))
+    }
+    prefill, decode = (ReplicaNode(configs[name]) for name in ("prefill-0", "decode-0"))
+    client = ClientNode(configs["api-0"])
+    nodes = (client, prefill, decode)
+    members = [await asyncio.wait_for(node.start(), _DEADLINE_S) for node in nodes]
+    try:
+        for node in nodes:
+            node.set_members(members)
+        yield client, prefill, decode
+    finally:
+        for node in nodes:
+            await asyncio.wait_for(node.stop(), _DEADLINE_S)
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def collect(client: ClientNode, prompt: list[int], params: SamplingParams) -> list[Output]:
+    stream = client.client.submit(prompt, params, timeout_s=_DEADLINE_S)
+    return [output async for output in stream]
+
+
+def tokens_of(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize(
+    ("network", "backend", "device"),
+    [
+        ("ipc", "nixl", "cpu"),
+        ("tcp", "nixl", "cpu"),
+        ("ipc", "loopback", "cpu"),
+        pytest.param(
+            *("ipc", "nixl", "cuda"),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ),
+    ],
+)
+def test_tokens_are_exact_and_everything_is_given_back(
+    model_folder: Path, tmp_path: Path, network: str, backend: str, device: str
+) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, length).tolist() for length in PROMPT_LENGTHS]
+    params = SamplingParams(max_tokens=10, temperature=0.0)
+
+    async def run() -> None:
+        spec = make_spec(model_folder, backend, device)
+        async with cluster(spec, str(tmp_path) if network == "ipc" else "") as nodes:
+            client, prefill, decode = nodes
+            for _ in range(2):
+                answers = await asyncio.gather(*(collect(client, p, params) for p in prompts))
+                for prompt, outputs in zip(prompts, answers, strict=True):
+                    assert outputs[-1].finish_reason == "length", outputs[-1].error
+                    assert tokens_of(outputs) == reference(model_folder, prompt, 10)
+            await wait_until(lambda: prefill.leader.is_idle and decode.leader.is_idle)
+            prefill.leader.check_integrity()
+            decode.leader.check_integrity()
+            assert prefill.leader.load().kv_bytes > 0
+            assert prefill.dropped_messages == decode.dropped_messages == 0
+
+    asyncio.run(run())
+
+
+def test_stray_and_foreign_messages_are_counted_and_dropped(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        spec = make_spec(model_folder, "loopback", "cpu")
+        async with cluster(spec, str(tmp_path)) as (client, _, decode):
+            context = zmq.Context()
+            stray = context.socket(zmq.PUSH)
+            stray.connect(next(m.address for m in client._members.values() if m.name == "decode-0"))
+            good = messages.encode(Heartbeat(), "api-0", client.incarnation)
+            stray.send_multipart([b"garbage"])
+            stray.send_multipart([b"garbage", b"garbage"])
+            stray.send_multipart([good[0], b"\x00"])
+            stray.send_multipart([good[0].replace(b"PRLY\x01", b"PRLY\x63"), good[1]])
+            stray.send_multipart(messages.encode(Heartbeat(), "api-0", client.incarnation ^ 1))
+            stray.send_multipart(messages.encode(Heartbeat(), "nobody", 7))
+            await wait_until(lambda: decode.dropped_messages == 6)
+            outputs = await collect(client, [1, 2, 3], SamplingParams(max_tokens=2))
+            assert outputs[-1].finish_reason == "length"
+            stray.close(0)
+            context.term()
+
+    asyncio.run(run())
+
+
+def test_a_wrong_curve_key_is_not_heard(model_folder: Path) -> None:
+    async def run() -> None:
+        spec = make_spec(model_folder, "loopback", "cpu")
+        async with cluster(spec, "") as (client, _, decode):
+            address = next(m.address for m in client._members.values() if m.name == "decode-0")
+            context = zmq.Context()
+            public, secret = zmq.curve_keypair()
+            assert decode.config.curve is not None
+            stray = context.socket(zmq.PUSH)
+            stray.curve_publickey, stray.curve_secretkey = public, secret
+            stray.curve_serverkey = decode.config.curve[0]
+            stray.connect(address)
+            stray.send_multipart([b"garbage"])
+            await asyncio.sleep(0.5)
+            assert decode.dropped_messages == 0
+            stray.close(0)
+            context.term()
+
+    asyncio.run(run())

@@ -1,0 +1,41 @@
+"""What `transformers` alone gives: the gold model that served tokens and logits are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+class ReferenceModel:
+    """A model in float32, one sequence at a time, with transformers' own attention and cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.vocab_size: int = self._model.config.get_text_config().vocab_size
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens after the prompt; end tokens do not end them."""
+        ids = torch.tensor([list(map(int, prompt))])
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                top_k=None,
+                top_p=None,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        tokens: list[int] = out[0, len(prompt) :].tolist()
+        return tokens
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """(len(tokens), vocabulary): row i is what follows tokens[: i + 1]."""
+        with torch.inference_mode():
+            output = self._model(torch.tensor([list(map(int, tokens))]), use_cache=False)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
