@@ -20,7 +20,7 @@ help:
 	@echo "make test     all tests; make test ARGS='-m \"not e2e\"' leaves out the slow ones"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatting"
-	@echo "make bench    load a running server: make bench ARGS='--url http://127.0.0.1:8000'"
+	@echo "make bench    a tiny model, disaggregated beside colocated, under the same load"
 	@echo "make check    resolve a spec and print its cost: make check SPEC=examples/local.yaml"
 	@echo "make clean    remove .venv, caches and build output"
 
@@ -50,7 +50,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	@$(BIN)/pd bench serve $(ARGS)
+	@$(BIN)/python -m pd.bench.colocated $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/pd check $(SPEC)

@@ -320,6 +320,7 @@ class ReplicaNode(Node):
         fits = cost.max_context(runner.layouts, num_pages, role, runner.max_positions)
         max_context = min(limit for limit in (fits, spec.model.max_context) if limit is not None)
         runner.allocate(num_pages, role.max_running, max_context)
+        runner.warm_up(min(role.max_batch_tokens, max_context))
         self._runner = runner
         transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
         transport.register([pool.region for pool in runner.pools])
@@ -432,7 +433,7 @@ class ReplicaNode(Node):
     def check(self) -> dict[str, object]:
         if not self.leader.scheduler.has_step_in_flight:
             self.leader.check_integrity()
-        return {"idle": self.leader.is_idle, "load": msgspec.to_builtins(self.leader.load())}
+        return {"idle": self.leader.is_idle, "load": msgspec.structs.asdict(self.leader.load())}
 
     async def shut_down(self) -> None:
         self._mover.stop(self.spec.timeouts.stop)

@@ -7,25 +7,19 @@ only if all of that happened; else it prints why, with the end of the server's l
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pd.bench.server import Server, ServerError
 from pd.cost import format_bytes
 from pd.http_client import HttpError, get_json, stream_json
 
-START_TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 60.0
 MAX_TOKENS = 48
 
 # Charles Darwin, "On the Origin of Species" (1859), introduction; in the public domain.
@@ -62,64 +56,6 @@ class Answer:
     ttft_s: float
     """As the client saw it."""
     total_s: float
-
-
-class Server:
-    """`pd serve` as a subprocess. Its output is read by threads, the last lines are kept."""
-
-    def __init__(self, spec: Path) -> None:
-        command = [sys.executable, "-m", "pd.cli", "serve", str(spec), "--port", "0"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
-        self.last_lines: collections.deque[str] = collections.deque(maxlen=30)
-        self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
-        for name, stream in (("out", self._process.stdout), ("err", self._process.stderr)):
-            threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
-
-    def _read(self, name: str, stream: Any) -> None:
-        for line in stream:
-            self.last_lines.append(line.rstrip())
-            self._lines.put((name, line.strip()))
-        self._lines.put((name, ""))
-
-    def wait_ready(self, console: Console) -> str:
-        """The URL. Raises DemoError."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        with console.status("starting") as spinner:
-            while time.monotonic() < deadline:
-                try:
-                    name, line = self._lines.get(timeout=0.5)
-                except queue.Empty:
-                    if self._process.poll() is not None:
-                        break
-                    continue
-                if name == "out" and line.startswith("ready: "):
-                    return line.split()[1]
-                if line:
-                    spinner.update(f"starting: {line}")
-                    if not console.is_terminal:
-                        console.print(f"  {line}", highlight=False, markup=False)
-        if self._process.poll() is None:
-            raise DemoError(f"the server was not ready within {START_TIMEOUT_S:.0f} s")
-        raise DemoError(f"the server ended with exit code {self._process.returncode}")
-
-    def stop(self) -> None:
-        """SIGTERM, and wait. Raises DemoError unless it ends cleanly in time."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            code = self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise DemoError(f"the server did not stop within {STOP_TIMEOUT_S:.0f} s") from None
-        if code != 0:
-            raise DemoError(f"the server ended with exit code {code}")
 
 
 def complete(url: str, model: str, prompt: str, console: Console) -> Answer:
@@ -212,7 +148,7 @@ def run(spec: Path, console: Console) -> None:
             server.stop()
         console.print("stopped")
     except BaseException as error:
-        with console.status("stopping"), contextlib.suppress(DemoError):
+        with console.status("stopping"), contextlib.suppress(ServerError):
             server.stop()
         if not isinstance(error, KeyboardInterrupt):
             console.print("\nthe server's last lines:", style="dim")
@@ -236,7 +172,7 @@ def main() -> int:
     console = Console(soft_wrap=True)
     try:
         run(Path(arguments[0] if arguments else "examples/local.yaml"), console)
-    except (DemoError, HttpError, KeyError, IndexError) as error:
+    except (DemoError, ServerError, HttpError, KeyError, IndexError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

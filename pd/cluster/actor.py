@@ -9,6 +9,8 @@ import logging
 import os
 from typing import Any
 
+import ray
+
 from pd.node import Member, NodeConfig, make_node
 
 

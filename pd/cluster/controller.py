@@ -29,6 +29,13 @@ from pd.node import Member, NodeConfig
 from pd.spec import ClusterSpec, Role
 
 _WATCH_S = 0.5
+_PROCESS_ENVIRONMENT = {
+    # Compute threads that wait must sleep, not spin: the cores are shared.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A step's activations are freed and wanted again: keep the memory, do not fault it in anew.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 
 Progress = Callable[[str], None]
 
@@ -95,9 +102,6 @@ class Controller:
 
     def connect(self) -> None:
         """To the Ray cluster that this process was started in, else to a local one of its own."""
-        # A local head writes a token that would make a later one demand it; be explicit.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = os.environ.get("RAY_ADDRESS", "")
         namespace = f"pagerelay/{self.spec.name}"
         self._progress(
@@ -106,7 +110,7 @@ class Controller:
         self._owns_ray = not address
         options: dict[str, Any] = {"address": address or "local"}
         if not address:
-            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            options |= {"include_dashboard": False}
         ray.init(namespace=namespace, log_to_driver=False, logging_level="ERROR", **options)
         try:
             ray.get_actor("api-0")
@@ -141,8 +145,10 @@ class Controller:
                 "resources": resources,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0),
             }
-        # Compute threads that wait must sleep, not spin: the cores are shared.
-        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        if self._socket_folder:
+            # One host: UCX needs no network but the loopback, and should listen on no other.
+            environment["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")
         options |= {"runtime_env": {"env_vars": environment}, "max_concurrency": 16}
         actor = ray.remote(**options)(NodeActor).remote(config)
         self._processes.append(_Process(name, role, actor, group))
@@ -190,7 +196,8 @@ class Controller:
                 f"{process.name}: {type(error.cause).__name__}: {error.cause}"
             ) from error
         except ray.exceptions.RayActorError as error:
-            raise StartError(f"{process.name}: its process died while starting: {error}") from error
+            cause = str(error).strip().splitlines()[-1].strip()
+            raise StartError(f"{process.name}: its process died while starting: {cause}") from error
         return member
 
     def _check_compatible(self) -> None:

@@ -18,9 +18,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from pd.cost import layer_groups
 from pd.engine import attention
-from pd.engine.batch import StepCommand, StepResult
+from pd.engine.batch import RowStart, StepCommand, StepResult
 from pd.engine.pool import PagePool
 from pd.engine.sampler import Sampler
+from pd.messages import SamplingParams
 from pd.spec import ModelSpec
 from transfer.layout import PageLayout
 
@@ -85,6 +86,17 @@ class ModelRunner:
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
         self._sampler = Sampler(max_rows, self.vocab_size, self.device)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a chunk and a single token through the null page, so that the first request does not
+        pay for what libraries set up on first use."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        for count in (num_tokens, 1):
+            tokens = np.zeros(count, np.int32)
+            start = RowStart(0, params, tokens, count)
+            zero, counts = np.zeros(1, np.int32), np.array([count], np.int32)
+            pages = [np.zeros((0, 3), np.int32) for _ in self.pools]
+            self.step(StepCommand([start], zero, zero, counts, np.ones(1, np.bool_), tokens, pages))
 
     @torch.inference_mode()
     def step(self, command: StepCommand) -> StepResult:

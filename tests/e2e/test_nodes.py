@@ -1,4 +1,5 @@
-"""Two replicas and a client in one process, no Ray: every network and transport, on the CPU and a GPU."""
+"""Two replicas and a client in one process, no Ray: every network and transport, on the CPU and a
+GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +56,11 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
     )
     return out[0, len(prompt) :].tolist()
 

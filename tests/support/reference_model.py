@@ -1,4 +1,5 @@
-"""What `transformers` alone gives: the gold model that served tokens and logits are compared with."""
+"""What `transformers` alone gives: the gold model that served tokens and logits are compared
+with."""
 
 from __future__ import annotations
 

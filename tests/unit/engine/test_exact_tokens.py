@@ -1,4 +1,5 @@
-"""The engine in one process against `transformers`: every token of every family, however it is scheduled."""
+"""The engine in one process against `transformers`: every token of every family, however it is
+scheduled."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ LENGTHS = (1, 5, 8, 9, 33, 70, 96, 120)
 class Engine:
     """A rank and its scheduler, driven by hand; the index is checked after every step."""
 
-    def __init__(self, runner: ModelRunner, pages: int, max_batch_tokens: int, rows: int = 16) -> None:
+    def __init__(
+        self, runner: ModelRunner, pages: int, max_batch_tokens: int, rows: int = 16
+    ) -> None:
         num_pages = [pages] * len(runner.groups)
         runner.allocate(num_pages, rows, 1024)
         self.runner = runner
@@ -76,9 +79,14 @@ class Case:
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, reference.vocab_size, n).astype(np.int32) for n in LENGTHS]
         # One prompt again, and one that leaves another in the middle of a page.
-        self.prompts += [self.prompts[5].copy(), np.concatenate((self.prompts[7][:100], self.prompts[1]))]
+        self.prompts += [
+            self.prompts[5].copy(),
+            np.concatenate((self.prompts[7][:100], self.prompts[1])),
+        ]
         self.expected = [reference.generate(prompt, OUTPUT) for prompt in self.prompts]
-        self.expected_long = [reference.generate(prompt, LONG_OUTPUT) for prompt in self.prompts[:5]]
+        self.expected_long = [
+            reference.generate(prompt, LONG_OUTPUT) for prompt in self.prompts[:5]
+        ]
 
 
 def load(folder: Path, dtype: Any = "float32", **options: Any) -> ModelRunner:
@@ -155,7 +163,8 @@ def test_preempted(case: Case, max_batch_tokens: int) -> None:
 
 
 def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
-    """Two replicas have the same bytes for a page, in the order [kv_head][layer][k|v][token][dim]."""
+    """Two replicas have the same bytes for a page, in the order
+    [kv_head][layer][k|v][token][dim]."""
     prompt = case.prompts[7]
     runners = [case.runner, load(case.folder)]
     engines = [Engine(runners[0], 400, 512), Engine(runners[1], 300, 512)]
@@ -171,7 +180,9 @@ def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
         pages.append(
             [
                 pool.data[table[begin : len(prompt) // PAGE]].clone()
-                for pool, table, begin in zip(engine.runner.pools, sequence.tables, first, strict=True)
+                for pool, table, begin in zip(
+                    engine.runner.pools, sequence.tables, first, strict=True
+                )
             ]
         )
         assert not any(slot == 0 for table in sequence.tables for slot in table)
@@ -187,7 +198,8 @@ def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
 def _compare_with_transformers_cache(
     case: Case, prompt: Int32Array, pages: list[torch.Tensor]
 ) -> None:
-    """The last full page of each layer, head by head, against the cache of transformers' own model."""
+    """The last full page of each layer, head by head, against the cache of transformers' own
+    model."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).eval()
@@ -197,7 +209,9 @@ def _compare_with_transformers_cache(
     begin = (len(prompt) // PAGE - 1) * PAGE
     for group, content in zip(case.runner.groups, pages, strict=True):
         for place, layer in enumerate(group.layers):
-            for number, expected in enumerate((cache.layers[layer].keys, cache.layers[layer].values)):
+            for number, expected in enumerate(
+                (cache.layers[layer].keys, cache.layers[layer].values)
+            ):
                 found = content[-1, :, place, number]  # (kv_heads, tokens, dim)
                 torch.testing.assert_close(
                     found, expected[0, :, begin : begin + PAGE], atol=1e-4, rtol=1e-4
@@ -206,7 +220,8 @@ def _compare_with_transformers_cache(
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
 def test_bfloat16_pages(family: str, family_folder: Callable[[str], Path]) -> None:
-    """Weights and pages in bfloat16: half the bytes, and the same tokens in any batch of one kind."""
+    """Weights and pages in bfloat16: half the bytes, and the same tokens in any batch of one
+    kind."""
     runner = load(family_folder(family), "bfloat16", compute_dtype="float32")
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 320, n).astype(np.int32) for n in (5, 40, 70)]

@@ -1,4 +1,5 @@
-"""The sampler against one written down plainly, against statistics, and against itself in other batches."""
+"""The sampler against one written down plainly, against statistics, and against itself in other
+batches."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -46,16 +48,15 @@ def draw(
 def command_for(items: Sequence[Item], rows: Sequence[int]) -> StepCommand:
     lengths = np.array([len(item.prompt) + len(item.output) for item in items], np.int32)
     ones = np.ones(len(items), np.int32)
-    return StepCommand(
-        [], np.array(rows, np.int32), lengths - 1, ones, ones.astype(bool), ones, []
-    )
+    return StepCommand([], np.array(rows, np.int32), lengths - 1, ones, ones.astype(bool), ones, [])
 
 
 def random_logits(seed: int, count: int = 1, vocabulary: int = VOCABULARY) -> torch.Tensor:
     return torch.randn(count, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-# ------------------------------------------------------------------------------------------ the number
+# ------------------------------------------------------------------------------------------ the
+# number
 
 
 def test_uniform_is_flat_and_its_arguments_matter() -> None:
@@ -67,7 +68,9 @@ def test_uniform_is_flat_and_its_arguments_matter() -> None:
         assert numbers.max() < 1
         assert abs(numbers.mean() - 0.5) < 5 / np.sqrt(12 * count)
         bins = np.histogram(numbers, 100, (0, 1))[0]
-        assert ((bins - count / 100) ** 2 / (count / 100)).sum() < 170  # chi-square, 99: p about 1e-5
+        assert (
+            (bins - count / 100) ** 2 / (count / 100)
+        ).sum() < 170  # chi-square, 99: p about 1e-5
         for lag in (1, 2, 7):
             correlation = np.corrcoef(numbers[:-lag], numbers[lag:])[0, 1]
             assert abs(correlation) < 5 / np.sqrt(count)
@@ -85,7 +88,8 @@ def test_uniform_of_neighbouring_seeds_is_independent() -> None:
     assert 0 <= uniform(top, top)[0] < 1
 
 
-# ------------------------------------------------------------------------------------------ one setting
+# ------------------------------------------------------------------------------------------ one
+# setting
 
 
 def test_greedy_is_the_first_of_the_likeliest() -> None:
@@ -98,9 +102,7 @@ def test_greedy_is_the_first_of_the_likeliest() -> None:
 
 def chi_square(logits: torch.Tensor, settings: SamplingParams, count: int = 20_000) -> float:
     """Of `count` draws with different seeds, against the reference's probabilities."""
-    items = [
-        Item(msgspec.structs.replace(settings, seed=seed)) for seed in range(count // 100)
-    ]
+    items = [Item(msgspec.structs.replace(settings, seed=seed)) for seed in range(count // 100)]
     counts = np.zeros(logits.shape[-1])
     for position in range(100):
         for item in items:
@@ -112,9 +114,6 @@ def chi_square(logits: torch.Tensor, settings: SamplingParams, count: int = 20_0
     assert not counts[expected == 0].any()
     large = expected > 5
     return float(((counts[large] - expected[large]) ** 2 / expected[large]).sum()) / large.sum()
-
-
-    return msgspec.structs.replace(settings, **changes)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,9 @@ def test_any_settings_choose_the_references_token(seed: int) -> None:
             min_tokens=int(rng.choice((0, 4))),
         )
         prompt = rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist()
-        items.append(Item(settings, prompt, rng.integers(0, VOCABULARY, rng.integers(0, 9)).tolist()))
+        items.append(
+            Item(settings, prompt, rng.integers(0, VOCABULARY, rng.integers(0, 9)).tolist())
+        )
     tokens, _ = draw(items, logits)
     expected = [
         choose_token(row, item.params, item.prompt, item.output)
@@ -248,7 +249,8 @@ def test_min_tokens_mask_stop_tokens_and_no_longer() -> None:
     assert draw([Item(biased)], logits)[0] == [1]
 
 
-# ------------------------------------------------------------------------------------------- logprobs
+# -------------------------------------------------------------------------------------------
+# logprobs
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
@@ -270,7 +272,8 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
         assert entry.top_logprobs == pytest.approx(expected[order].tolist(), abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- batch
+# ----------------------------------------------------------------------------------------------
+# batch
 
 
 @pytest.mark.parametrize("seed", range(5))
