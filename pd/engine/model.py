@@ -119,6 +119,9 @@ class ModelRunner:
                 logits_to_keep=self._tensor(ends[command.sample] - 1),
             ).logits[0]
         tokens, logprobs = self._sampler.sample(logits, command) if len(logits) else ([], [])
+        if self.device.type == "cuda":
+            # The pages are sent next, by somebody who knows nothing of this stream.
+            torch.cuda.current_stream(self.device).synchronize()
         return StepResult(tokens, logprobs, time.perf_counter() - begin)
 
     def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:

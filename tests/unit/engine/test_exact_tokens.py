@@ -3,7 +3,7 @@ scheduled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Case:
     torch.set_num_threads(1)
-    yield Case(family_folder(request.param))
+    return Case(family_folder(request.param))
 
 
 def test_references_differ(case: Case) -> None:
