@@ -183,8 +183,9 @@ class Generation:
         num_prompt = sum(choice.num_prompt_tokens for choice in first)
         num_completion = sum(choice.text.num_tokens for choice in self.choices)
         known = [choice.stream.stats for choice in first if choice.stream.stats is not None]
+        # Both sides may have the same tokens.
         num_cached = sum(
-            stats.cached_tokens_decode + stats.cached_tokens_prefill for stats in known
+            max(stats.cached_tokens_decode, stats.cached_tokens_prefill) for stats in known
         )
         details = {"cached_tokens": min(num_cached, num_prompt)} if known else None
         return {

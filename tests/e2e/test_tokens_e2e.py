@@ -142,15 +142,15 @@ def test_a_conversation_goes_on(served: Served) -> None:
 
 
 def test_many_at_once_with_preemption(served: Served) -> None:
-    """24 together need several times the pages that the decode replica has, 16 of them once more."""
+    """Short prompts that are all admitted and grow beyond the decode pool; longer ones follow."""
     before = served.cluster.loads()["decode-0"]["preemptions"]
-    prompts = [served.prompt(5 + 3 * i, 400 + i) for i in range(24)]
-    answers = served.check_at_once(prompts, 40)
+    prompts = [served.prompt(5 + i % 8, 400 + i) for i in range(24)]
+    answers = served.check_at_once(prompts, 60)
     preemptions = served.cluster.loads()["decode-0"]["preemptions"] - before
     assert preemptions > 0
     assert sum(answer.timings["preemptions"] for answer in answers) == preemptions
     served.cluster.wait_idle()
-    served.check_at_once(prompts[:16], 10)
+    served.check_at_once([served.prompt(20 + 6 * i, 450 + i) for i in range(16)], 10)
 
 
 def test_two_replicas_of_each_role(

@@ -34,6 +34,11 @@ class ReferenceModel:
         tokens: list[int] = out[0, len(prompt) :].tolist()
         return tokens
 
+    def is_greedy(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Whether `generate` would give these tokens, in one forward pass."""
+        logits = self.logits([*prompt, *tokens])
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(tokens)
+
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """(len(tokens), vocabulary): row i is what follows tokens[: i + 1]."""
         with torch.inference_mode():

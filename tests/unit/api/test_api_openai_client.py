@@ -54,7 +54,7 @@ def test_completion(api: Any, client: openai.OpenAI) -> None:
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt, num_answer)
     assert usage.total_tokens == num_prompt + num_answer
-    assert usage.prompt_tokens_details.cached_tokens == 3
+    assert usage.prompt_tokens_details.cached_tokens == 2  # of 1 and 2, on either side
     assert api.leaders.generates()[0].request_id not in ("", answer.choices[0].text)
 
 
