@@ -221,14 +221,14 @@ class Cluster:
                 (s for s in self._out.read_text().splitlines() if s.startswith("ready: ")), ""
             )
             ended = self.process.poll()
-            assert line or ended is None, f"pd serve exited with {ended}:\n{self.log}"
+            assert line or ended is None, f"pd serve exited with {ended}"
             return line.split()[1] if line else ""
 
         try:
             self.url = wait_until(find_url, f"ready: {self.name}", START_S)
-        except AssertionError:
+        except AssertionError as error:
             self.stop()
-            raise AssertionError(f"{self.name} did not start:\n{self.log}") from None
+            raise AssertionError(f"{error}\n{self.log}") from None
         return self
 
     def wait_exit(self, timeout_s: float = START_S) -> int:
