@@ -122,7 +122,8 @@ Effect = Send | RunStep | Write
 
 # -------------------------------------------------------------------------------------------- state
 
-_REMEMBERED_CANCELS = 4096
+_CANCEL_AGAIN_S = 1.0
+"""A Cancel is repeated until it is answered: either message may be lost."""
 _COUNTERS = (
     *("steps", "prefill_tokens", "decode_tokens", "finished", "aborted", "failed"),
     *("kv_bytes", "kv_pages", "kv_descriptors"),
@@ -144,6 +145,7 @@ class _Generation:
     finished: bool = False
     """The last output is out; it stays only while its pages are in quarantine."""
     first_token_at: float = 0.0
+    cancel_again_at: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -193,8 +195,6 @@ class Leader:
         self._by_sequence: dict[Tracked, _Generation | _Prefill] = {}
         self._reserving: deque[_Generation] = deque()
         """Waiting for pages to reserve, in order of arrival."""
-        self._refused: dict[tuple[str, str, int], None] = {}
-        """Cancelled before they were known; a Reserve that comes later must not start writing."""
         self._writes: dict[int, tuple[_Prefill, int, Int32Array]] = {}
         self._next_write = 0
         self._outputs: dict[str, list[Output]] = {}
@@ -265,7 +265,7 @@ class Leader:
             case Abort(request_id):
                 generation = self._generations.get(request_id)
                 if generation is not None and generation.api == sender:
-                    self._finish(generation, "abort")
+                    self._finish(generation, now, "abort")
             case Reserve():
                 self._start_prefill(sender, message, now)
             case Cancel(request_id, attempt):
@@ -298,7 +298,9 @@ class Leader:
         self._generations[message.request_id] = generation
         self._by_sequence[sequence] = generation
         if message.prefill and message.prefill not in self._peers:
-            self._finish(generation, "error", f"prefill replica {message.prefill} is not connected")
+            self._finish(
+                generation, now, "error", f"prefill replica {message.prefill} is not connected"
+            )
             return
         cached = self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
         uncached = sequence.length - cached * self._page_tokens
@@ -319,6 +321,8 @@ class Leader:
         while self._reserving:
             generation = self._reserving[0]
             sequence = generation.sequence
+            if self.scheduler.lacks_pages_before(sequence.arrived_at):
+                return
             if sequence.params.max_tokens == 1:
                 # It ends with the first token: nothing to decode, so nothing is to be sent.
                 firsts = [0] * len(self._groups)
@@ -372,7 +376,7 @@ class Leader:
         stats.cached_tokens_prefill = message.cached_tokens
         generation.first_token_at = now
         generation.sequence.append(message.token)
-        self._deliver(generation, message.token, message.logprob)
+        self._deliver(generation, message.token, message.logprob, now)
         self._settle(generation, now)
 
     def _pages_written(self, sender: str, message: PagesWritten, now: float) -> None:
@@ -409,9 +413,11 @@ class Leader:
             self.scheduler.publish(sequence)
             self.scheduler.add_landed(sequence)
         else:
-            self._finish(generation, "error", receiver.reason)
+            self._finish(generation, now, "error", receiver.reason)
 
-    def _deliver(self, generation: _Generation, token: int, logprob: TokenLogprob | None) -> None:
+    def _deliver(
+        self, generation: _Generation, token: int, logprob: TokenLogprob | None, now: float
+    ) -> None:
         """Send a token that is already part of the sequence, and end the request if it is the
         last."""
         params, sequence = generation.sequence.params, generation.sequence
@@ -421,17 +427,27 @@ class Leader:
         elif sequence.num_output >= params.max_tokens:
             reason = "length"
         if reason is not None:
-            self._finish(generation, reason, token=token, logprob=logprob)
+            self._finish(generation, now, reason, token=token, logprob=logprob)
         else:
             # The first output says what is known so far, for a client that will end the request
             # itself.
             stats = generation.stats if sequence.num_output == 1 else None
             logprobs = (logprob,) if logprob else ()
-            self._output(generation, Output(generation.request_id, (token,), logprobs, stats=stats))
+            self._output(
+                generation,
+                Output(
+                    generation.request_id,
+                    (token,),
+                    logprobs,
+                    stats=stats,
+                    position=sequence.num_output - 1,
+                ),
+            )
 
     def _finish(
         self,
         generation: _Generation,
+        now: float,
         reason: FinishReason,
         error: str = "",
         token: int | None = None,
@@ -454,15 +470,18 @@ class Leader:
                 reason,
                 error,
                 stats,
+                sequence.num_output - 1 if token is not None else 0,
             ),
         )
-        if generation.receiver is None:
-            self._forget_generation(generation)
-        elif (
-            generation.receiver.cancel(reason)
-            and generation.receiver.state is ReceiverState.CLOSING
-        ):
-            self._send(generation.prefill, Cancel(generation.request_id, 0))
+        receiver = generation.receiver
+        if receiver is not None:
+            receiver.cancel(reason)
+            if not receiver.may_reuse_targets:
+                self._send(generation.prefill, Cancel(generation.request_id, 0))
+                generation.cancel_again_at = now + _CANCEL_AGAIN_S
+                return
+            generation.receiver = None
+        self._forget_generation(generation)
 
     def _output(self, generation: _Generation, output: Output) -> None:
         if generation.api in self._peers:
@@ -480,7 +499,7 @@ class Leader:
 
     def _start_prefill(self, peer: str, message: Reserve, now: float) -> None:
         key = (peer, message.request_id, message.attempt)
-        if key in self._prefills or key in self._refused:
+        if key in self._prefills:
             return
         sequence = self._track(message, now)
         sender = SenderHandover(
@@ -498,17 +517,15 @@ class Leader:
         if prefill is not None:
             self._end_prefill(prefill, "cancelled")
         else:
-            # Done already, or never begun: in either case nothing is in flight, and nothing may
-            # begin.
-            self._refused[peer, request_id, attempt] = None
-            if len(self._refused) > _REMEMBERED_CANCELS:
-                del self._refused[next(iter(self._refused))]
+            # Done already, or lost on its way: a Cancel cannot overtake its Reserve.
             self._send(peer, HandoverClosed(request_id, attempt, "unknown here"))
 
     def _end_prefill(self, prefill: _Prefill, reason: str) -> None:
         """Write no more; answer once the writes in flight have ended."""
         prefill.closing = prefill.closing or reason
         prefill.sender.cancel(reason)
+        if not self.scheduler.has_step_in_flight:
+            self.scheduler.retire(prefill.sequence)
         self._close_prefill(prefill)
 
     def _close_prefill(self, prefill: _Prefill) -> None:
@@ -634,7 +651,7 @@ class Leader:
             self._counts["prefill_tokens"] += sequence.prompt_len - sequence.cached_tokens
         else:
             self._counts["decode_tokens"] += 1
-        self._deliver(generation, token, logprob)
+        self._deliver(generation, token, logprob, now)
 
     # -------------------------------------------------------------------------- peers and deadlines
 
@@ -642,21 +659,24 @@ class Leader:
         self._peers.discard(name)
         for generation in list(self._generations.values()):
             if generation.api == name:
-                self._finish(generation, "abort")
+                self._finish(generation, now, "abort")
             elif generation.prefill == name and generation.receiver is not None:
                 generation.receiver.peer_dead(f"prefill replica {name} is gone: {reason}")
                 self._settle(generation, now)
         for generation in list(self._reserving):
             if generation.prefill == name:
-                self._finish(generation, "error", f"prefill replica {name} is gone: {reason}")
+                self._finish(generation, now, "error", f"prefill replica {name} is gone: {reason}")
         for prefill in list(self._prefills.values()):
             if prefill.peer == name:
                 self._end_prefill(prefill, f"{name} is gone")
 
     def _expire(self, now: float) -> None:
         for generation in list(self._generations.values()):
-            if now > generation.deadline and not generation.finished:
-                self._finish(generation, "error", f"timed out in {generation.stage}")
+            if generation.finished and now > generation.cancel_again_at:
+                generation.cancel_again_at = now + _CANCEL_AGAIN_S
+                self._send(generation.prefill, Cancel(generation.request_id, 0))
+            elif now > generation.deadline and not generation.finished:
+                self._finish(generation, now, "error", f"timed out in {generation.stage}")
         for prefill in list(self._prefills.values()):
             if now > prefill.deadline and not prefill.closing:
                 self._end_prefill(prefill, "timed out")

@@ -214,6 +214,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     error: str = ""
     stats: RequestStats | None = None
+    position: int = 0
+    """Of the first token in the request's output: a gap shows that a message was lost."""
 
 
 class Outputs(Message, frozen=True, tag="outputs"):

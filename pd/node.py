@@ -46,7 +46,7 @@ from pd.leader import (
     Written,
 )
 from pd.messages import AnyMessage, Heartbeat, ProtocolError
-from pd.spec import ClusterSpec, Role
+from pd.spec import ClusterSpec, Role, SpecError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -298,6 +298,7 @@ class ReplicaNode(Node):
 
     def _load(self) -> Member:
         import torch
+        import transformers
 
         from hicache.index import PageIndex
         from pd import cost
@@ -318,13 +319,16 @@ class ReplicaNode(Node):
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         num_pages = cost.plan_pools(runner.layouts, role, available)
         fits = cost.max_context(runner.layouts, num_pages, role, runner.max_positions)
-        max_context = min(limit for limit in (fits, spec.model.max_context) if limit is not None)
+        limits = [limit for limit in (fits, spec.model.max_context) if limit is not None]
+        if not limits:
+            raise SpecError("model.max_context: expected a number, as this model names no limit")
+        max_context = min(limits)
         runner.allocate(num_pages, role.max_running, max_context)
         runner.warm_up(min(role.max_batch_tokens, max_context))
         self._runner = runner
         transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
         transport.register([pool.region for pool in runner.pools])
-        self._mover = Mover(transport, self._write_ended, self._peer_lost)
+        self._mover = Mover(transport, self._write_ended, self._peer_lost, self._mover_failed)
         index = PageIndex(runner.groups, num_pages, spec.page_tokens, reuse=spec.cache.device)
         self.leader = Leader(
             self.name,
@@ -346,6 +350,8 @@ class ReplicaNode(Node):
             "page layout version": str(LAYOUT_VERSION),
             "protocol version": str(messages.PROTOCOL_VERSION),
             "PageRelay version": pd.__version__,
+            "transformers version": transformers.__version__,
+            "torch version": torch.__version__,
         }
         facts = {
             "device": str(device),
@@ -367,9 +373,14 @@ class ReplicaNode(Node):
         )
 
     def handle(self, event: Event) -> None:
-        for effect in self.leader.handle(event, time.monotonic()):
-            self._carry_out(effect)
-        self._mover.expect(self.leader.expects_writes)
+        if self.failure:
+            return
+        try:
+            for effect in self.leader.handle(event, time.monotonic()):
+                self._carry_out(effect)
+            self._mover.expect(self.leader.expects_writes)
+        except Exception as error:  # a leader in doubt ends with its process
+            self._fail(error)
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -398,33 +409,34 @@ class ReplicaNode(Node):
     def _peer_lost(self, peer: str, error: str) -> None:
         self._call(log.error, "%s cannot connect its transport to %s: %s", self.name, peer, error)
 
+    def _mover_failed(self, error: BaseException) -> None:
+        """On the mover's thread."""
+        self._call(self._fail, error)
+
     def _call(self, function: Callable[..., object], *args: object) -> None:
         # The loop may have been closed by a stop meanwhile.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)
 
     def _fail(self, error: BaseException) -> None:
-        """A step that fails leaves pages in doubt: the replica ends, and its requests with it."""
-        log.error("%s: a step failed", self.name, exc_info=error)
+        """What failed leaves pages in doubt: the replica ends, and its requests with it."""
+        log.error("%s fails", self.name, exc_info=error)
         self.failure = f"{type(error).__name__}: {error}"
 
     def received(self, sender: str, message: AnyMessage) -> None:
-        if not self.failure:
-            self.handle(Received(sender, message))
+        self.handle(Received(sender, message))
 
     def member_joined(self, member: Member) -> None:
-        if member.role is not None:
+        if self.config.role == "prefill" and member.role == "decode":
             self._mover.connect(member.name, member.transport)
         self.handle(PeerUp(member.name))
 
     def member_left(self, member: Member, reason: str) -> None:
-        if member.role is not None:
-            self._mover.disconnect(member.name)
+        self._mover.disconnect(member.name)
         self.handle(PeerDown(member.name, reason))
 
     def tick(self) -> None:
-        if not self.failure:
-            self.handle(Tick())
+        self.handle(Tick())
 
     def heartbeat(self) -> Heartbeat:
         load = msgspec.structs.replace(self.leader.load(), dropped_messages=self.dropped_messages)
@@ -436,8 +448,8 @@ class ReplicaNode(Node):
         return {"idle": self.leader.is_idle, "load": msgspec.structs.asdict(self.leader.load())}
 
     async def shut_down(self) -> None:
-        self._mover.stop(self.spec.timeouts.stop)
         self._compute.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)
 
 
 class ApiNode(Node):

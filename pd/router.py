@@ -54,7 +54,8 @@ class ReplicaState:
     placed_tokens: int = 0
 
     def num_requests(self) -> int:
-        return self.load.waiting + self.load.running + self.placed_requests
+        load = self.load
+        return load.waiting + load.running + load.handovers_in + self.placed_requests
 
     def num_waiting_tokens(self) -> int:
         return self.load.waiting_tokens + self.placed_tokens

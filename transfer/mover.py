@@ -29,17 +29,20 @@ _NULL_PAGE = np.zeros(1, np.int32)
 
 class Mover:
     """`on_result(key, result)` for each `write`; `on_lost(peer, error)` each time a peer cannot be
-    connected."""
+    connected; `on_failed(error)` when the thread ends by a fault, after which nothing is reported.
+    """
 
     def __init__(
         self,
         transport: Transport,
         on_result: Callable[[int, WriteResult], None],
         on_lost: Callable[[str, str], None],
+        on_failed: Callable[[BaseException], None],
     ) -> None:
         self._transport = transport
         self._on_result = on_result
         self._on_lost = on_lost
+        self._on_failed = on_failed
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writes: dict[int, tuple[int | None, str]] = {}
         """In flight: the caller's key (None: a warm-up of ours) and the peer."""
@@ -110,6 +113,12 @@ class Mover:
             self._writes[write_id] = (key, peer)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._on_failed(error)
+
+    def _work(self) -> None:
         while True:
             timeout = _BUSY_POLL_S if self._writes or self._expecting else _IDLE_POLL_S
             try:

@@ -228,11 +228,12 @@ class NixlTransport(Transport):
             self._break(peer, f"NIXL's write to {peer.name} failed")
         elif state == "DONE" and write_id in peer.writes:
             write = peer.writes.pop(write_id)
-            write.handle.release()
             seconds = time.perf_counter() - write.started
             self._results.append(
                 WriteResult(write_id, None, write.bytes_moved, write.descriptors, seconds)
             )
+            with contextlib.suppress(*_NIXL_ERRORS):
+                write.handle.release()
 
     def _break(self, peer: _Peer, error: str) -> None:
         del self._peers[peer.name]

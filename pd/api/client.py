@@ -231,7 +231,7 @@ class EngineClient:
                 self.router.release()
             raise
         wake = asyncio.Event()
-        streams = []
+        streams: list[OutputStream] = []
         for i, placement in enumerate(placements):
             prompt, sampling = prompts[i]
             tokens = pack_ints(list(prompt))
@@ -285,6 +285,10 @@ class EngineClient:
         stream = self._streams.get(output.request_id)
         if stream is None or stream.placement is None or stream.placement.decode != sender:
             self.counters.late_outputs += 1
+            return
+        if output.token_ids and output.position != stream.num_tokens:
+            text = f"tokens {stream.num_tokens} to {output.position - 1} from {sender} were lost"
+            self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
             return
         stream.num_tokens += len(output.token_ids)
         if output.stats is not None:

@@ -29,6 +29,9 @@ _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
 _MAX_LISTED_BIAS = 1024
 
+_COLDEST = 1e-4
+"""A temperature below is greedy, which it would be anyway but for overflows."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -82,7 +85,7 @@ class GenerationRequest(RequestModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -431,7 +434,7 @@ def plan_sampling(request: GenerationRequest, max_tokens: int, model: ModelInfo)
         stop_token_ids |= {*model.eos_token_ids}
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=request.temperature,
+        temperature=request.temperature if request.temperature >= _COLDEST else 0.0,
         top_k=max(request.top_k, 0),
         top_p=request.top_p,
         min_p=request.min_p,

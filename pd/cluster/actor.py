@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import faulthandler
 import logging
 import os
-from typing import Any
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
 
 from pd.node import Member, NodeConfig, make_node
+
+
+class ProcessId(NamedTuple):
+    """A process, told apart from a later one with its number."""
+
+    node: str
+    """Ray's id of the node it runs on."""
+    pid: int
+    start_time: str
+
+
+def end_process(process: ProcessId, timeout_s: float) -> bool:
+    """Kill a process of this host and wait until it is gone; False if it is still there."""
+    deadline = time.monotonic() + timeout_s
+    while _start_time(process.pid) == process.start_time:
+        if time.monotonic() > deadline:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return True
+
+
+def _start_time(pid: int) -> str:
+    """In clock ticks since boot, from /proc; empty when the process is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 class NodeActor:
@@ -25,8 +59,10 @@ class NodeActor:
         host = ray.util.get_node_ip_address()
         self._node = make_node(dataclasses.replace(config, host=host))
 
-    async def start(self) -> Member:
-        return await self._node.start()
+    async def start(self) -> tuple[Member, ProcessId]:
+        member = await self._node.start()
+        node = ray.get_runtime_context().get_node_id()
+        return member, ProcessId(node, os.getpid(), _start_time(os.getpid()))
 
     async def set_members(self, members: list[Member], reason: str = "") -> None:
         self._node.set_members(members, reason)

@@ -20,13 +20,21 @@ from typing import Any
 
 import ray
 import zmq
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from pd.cluster.actor import NodeActor
+from pd.cluster.actor import NodeActor, ProcessId, end_process
 from pd.models import resolve_model
 from pd.node import Member, NodeConfig
-from pd.spec import ClusterSpec, Role
+from pd.spec import ClusterSpec, Role, RoleSpec
 
 _WATCH_S = 0.5
 _PROCESS_ENVIRONMENT = {
@@ -52,9 +60,10 @@ class Interrupted(Exception):
 class _Process:
     name: str
     role: Role | None
-    actor: Any
     group: PlacementGroup | None
+    actor: Any = None
     member: Member | None = None
+    process_id: ProcessId | None = None
     ended: Any = None
     """Reference that fails when the process dies."""
     report: Any = None
@@ -73,7 +82,6 @@ class Controller:
         self.url = ""
         self._progress = progress
         self._processes: list[_Process] = []
-        self._owns_ray = False
         self._socket_folder = ""
         self._curve: tuple[bytes, bytes] | None = None
 
@@ -87,12 +95,15 @@ class Controller:
         """Bring all processes up, with the model in `folder`, and introduce them to each other."""
         spec = self.spec
         deadline = time.monotonic() + spec.timeouts.start
-        self._choose_network()
         for role, role_spec in spec.roles.items():
             for number in range(role_spec.replicas.min):
-                self._create(f"{role}-{number}", role, folder)
-        self._create("api-0", None, folder)
+                name = f"{role}-{number}"
+                self._processes.append(_Process(name, role, self._place(name, role_spec)))
+        self._processes.append(_Process("api-0", None, None))
         self._wait_placed(deadline)
+        self._choose_network()
+        for process in self._processes:
+            self._create(process, folder)
         self._wait_started(deadline)
         self._check_compatible()
         self._announce("")
@@ -107,7 +118,6 @@ class Controller:
         self._progress(
             f"ray: {'connecting to ' + address if address else 'starting a local cluster'}"
         )
-        self._owns_ray = not address
         options: dict[str, Any] = {"address": address or "local"}
         if not address:
             options |= {"include_dashboard": False}
@@ -122,36 +132,46 @@ class Controller:
         )
 
     def _choose_network(self) -> None:
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
-        if self.spec.network == "ipc" or (self.spec.network == "auto" and num_nodes == 1):
+        """ipc if all processes share this host."""
+        nodes = {ray.get_runtime_context().get_node_id()}
+        for process in self._processes:
+            if process.group is not None:
+                nodes |= {*placement_group_table(process.group)["bundles_to_node_id"].values()}
+        if self.spec.network == "ipc" or (self.spec.network == "auto" and len(nodes) == 1):
             self._socket_folder = tempfile.mkdtemp(prefix="pagerelay-")
         else:
             self._curve = zmq.curve_keypair()
 
-    def _create(self, name: str, role: Role | None, folder: Path) -> None:
-        config = NodeConfig(name, role, self.spec, str(folder), self._socket_folder, self._curve)
-        options: dict[str, Any] = {"name": name, "num_cpus": 0}
-        group = None
+    def _place(self, name: str, role: RoleSpec) -> PlacementGroup:
+        labels = {"bundle_label_selector": [role.labels]} if role.labels else {}
+        return placement_group([role.rank_resources()], strategy="STRICT_PACK", name=name, **labels)
+
+    def _create(self, process: _Process, folder: Path) -> None:
+        config = NodeConfig(
+            process.name, process.role, self.spec, str(folder), self._socket_folder, self._curve
+        )
+        options: dict[str, Any] = {"name": process.name, "max_concurrency": 16}
         threads = 1
-        if role is not None:
-            role_spec = dict(self.spec.roles.items())[role]
-            threads = role_spec.threads
-            resources = dict(role_spec.rank_resources())
-            labels = {"bundle_label_selector": [role_spec.labels]} if role_spec.labels else {}
-            group = placement_group([resources], strategy="STRICT_PACK", name=name, **labels)
+        if process.role is None:
+            # Beside the controller: its port is on this host.
+            here = ray.get_runtime_context().get_node_id()
+            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(here)}
+        else:
+            role = dict(self.spec.roles.items())[process.role]
+            threads = role.threads
+            resources = role.rank_resources()
             options |= {
                 "num_cpus": resources.pop("CPU", 0),
                 "num_gpus": resources.pop("GPU", 0),
                 "resources": resources,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(process.group, 0),
             }
         environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         if self._socket_folder:
             # One host: UCX needs no network but the loopback, and should listen on no other.
             environment["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")
-        options |= {"runtime_env": {"env_vars": environment}, "max_concurrency": 16}
-        actor = ray.remote(**options)(NodeActor).remote(config)
-        self._processes.append(_Process(name, role, actor, group))
+        options["runtime_env"] = {"env_vars": environment}
+        process.actor = ray.remote(**options)(NodeActor).remote(config)
 
     def _wait_placed(self, deadline: float) -> None:
         for process in self._processes:
@@ -183,14 +203,14 @@ class Controller:
             ready, _ = ray.wait(list(pending), timeout=min(left, _WATCH_S))
             for reference in ready:
                 process = pending.pop(reference)
-                process.member = self._started(process, reference)
+                process.member, process.process_id = self._started(process, reference)
                 process.ended = process.actor.ended.remote()
                 facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
                 self._progress(f"{process.name}: ready ({facts})")
 
-    def _started(self, process: _Process, reference: Any) -> Member:
+    def _started(self, process: _Process, reference: Any) -> tuple[Member, ProcessId]:
         try:
-            member: Member = ray.get(reference)
+            started: tuple[Member, ProcessId] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise StartError(
                 f"{process.name}: {type(error.cause).__name__}: {error.cause}"
@@ -198,7 +218,7 @@ class Controller:
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[-1].strip()
             raise StartError(f"{process.name}: its process died while starting: {cause}") from error
-        return member
+        return started
 
     def _check_compatible(self) -> None:
         """Replicas must agree on everything that a page's bytes depend on."""
@@ -214,10 +234,16 @@ class Controller:
             raise StartError("replicas do not fit together: " + "; ".join(problems))
 
     def _announce(self, reason: str) -> None:
-        """Tell every live process who is a member."""
+        """Tell every live process who is a member: replicas first, since an API server sends them
+        requests as soon as it knows them."""
         members = [process.member for process in self._processes if process.member is not None]
-        told = [process.actor.set_members.remote(members, reason) for process in self._processes]
-        ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
+        for is_api in (False, True):
+            told = [
+                process.actor.set_members.remote(members, reason)
+                for process in self._processes
+                if (process.role is None) is is_api
+            ]
+            ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
     # ---------------------------------------------------------------------------------------- watch
 
@@ -256,30 +282,51 @@ class Controller:
 
     def _remove(self, process: _Process, reason: str) -> None:
         self._progress(f"{process.name}: gone: {reason}")
-        self._processes.remove(process)
         ray.kill(process.actor)
-        # Members release what the dead process could have written to: it must be dead by then.
-        ray.wait([process.ended], timeout=self.spec.timeouts.heartbeat)
+        # Members reuse the pages that it could have written to: it must be dead by then.
+        if not self._is_dead(process):
+            self._progress(f"{process.name}: not known to be dead yet, trying again")
+            return
+        self._processes.remove(process)
         self._announce(reason)
         if process.group is not None:
             remove_placement_group(process.group)
+
+    def _is_dead(self, process: _Process) -> bool:
+        """Make sure of it on the process's own node: Ray reports an actor's death before its
+        end."""
+        assert process.process_id is not None
+        limit = self.spec.timeouts.heartbeat
+        node = process.process_id.node
+        strategy = _on_node(node)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(end_process)
+        try:
+            return bool(ray.get(task.remote(process.process_id, limit), timeout=limit * 2))
+        except ray.exceptions.RayError:
+            return all(not each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
 
     # ----------------------------------------------------------------------------------------- stop
 
     def stop(self) -> None:
         """End everything that was started; safe at any time, and idempotent."""
         if ray.is_initialized():
-            stopping = [process.actor.stop.remote() for process in self._processes]
+            actors = [process.actor for process in self._processes if process.actor is not None]
+            stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
+            for actor in actors:
+                ray.kill(actor)
             for process in self._processes:
-                ray.kill(process.actor)
                 if process.group is not None:
                     remove_placement_group(process.group)
             ray.shutdown()
         self._processes = []
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+
+def _on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 def _amounts(resources: dict[str, float]) -> dict[str, float]:

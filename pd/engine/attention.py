@@ -174,6 +174,9 @@ def paged_attention(
     pool = group.pool
     keys_values = torch.stack((key[0], value[0])).transpose(1, 2)  # (2, tokens, kv_heads, dim)
     stored = keys_values.to(pool.dtype)
+    if pool.dtype == torch.float16:
+        # An overflow would outlive its request: a masked key times infinity is not nothing.
+        stored = torch.nan_to_num(stored)
     pool.write(group.token_rows, place, stored)
     out = torch.empty_like(query).transpose(1, 2)  # (1, tokens, heads, dim)
     for gather in group.gathers:

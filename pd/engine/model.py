@@ -97,6 +97,8 @@ class ModelRunner:
             zero, counts = np.zeros(1, np.int32), np.array([count], np.int32)
             pages = [np.zeros((0, 3), np.int32) for _ in self.pools]
             self.step(StepCommand([start], zero, zero, counts, np.ones(1, np.bool_), tokens, pages))
+        for pool in self.pools:
+            pool.data[0].zero_()
 
     @torch.inference_mode()
     def step(self, command: StepCommand) -> StepResult:
@@ -145,8 +147,8 @@ def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 
 
 def weights_digest(folder: Path, spec: ModelSpec) -> str:
-    """Of what decides a page's content: config and weights (each file's size, first and last
-    MiB)."""
+    """Of what decides a page's content: config and weights (of each file its size, its header and
+    256 blocks of 4 KiB, evenly spaced)."""
     digest = hashlib.sha256(spec.load.encode())
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)
@@ -154,7 +156,9 @@ def weights_digest(folder: Path, spec: ModelSpec) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name}:{size}:".encode() + file.read(header_bytes))
+            for number in range(256):
+                file.seek(size * number // 256)
+                digest.update(file.read(4096))
     return digest.hexdigest()[:16]

@@ -141,6 +141,8 @@ class Sampler:
         self, logits: torch.Tensor, rows: npt.NDArray[np.int32], position: npt.NDArray[np.int32]
     ) -> torch.Tensor:
         temperature = torch.from_numpy(self._temperature[rows]).to(self._device)
+        # Divided after the maximum is taken off, so that no temperature makes an infinity.
+        logits = logits - logits.amax(-1, keepdim=True)
         probs = torch.softmax(logits / temperature[:, None], -1)
         top_k, top_p, min_p = self._top_k[rows], self._top_p[rows], self._min_p[rows]
         for i in np.flatnonzero(top_k):
@@ -162,7 +164,7 @@ class Sampler:
         result: list[TokenLogprob | None] = [None] * len(rows)
         for i in np.flatnonzero(wanted >= 0):
             logprobs = torch.log_softmax(logits[i], -1)
-            values, ids = logprobs.topk(int(wanted[i]))
+            values, ids = logprobs.topk(min(int(wanted[i]), self._vocab_size))
             result[i] = TokenLogprob(
                 float(logprobs[chosen[i]]), tuple(ids.tolist()), tuple(values.tolist())
             )
@@ -177,4 +179,4 @@ def _nucleus_threshold(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     if values.sum() < mass:
         values = probs.sort(descending=True).values
     before = values.cumsum(0) - values
-    return values[before < mass][-1]
+    return values[(before < mass).sum().clamp(min=1) - 1]

@@ -191,6 +191,7 @@ class Scheduler:
             needed = group.first_needed_page(sequence.prompt_len, self._page_tokens)
             firsts.append(min(total, max(len(table), needed)))
         counts = [total - first for first in firsts]
+        self._slide(sequence, sequence.prompt_len)
         # A page to grow for each running sequence, so that a landed one is not preempted at once.
         if not self.index.can_allocate([count + len(self.running) for count in counts]):
             return None
@@ -199,7 +200,6 @@ class Scheduler:
             slots = self.index.allocate(number, counts[number])
             assert slots is not None
             table += [-1] * (first - len(table)) + slots
-        self._slide(sequence, sequence.prompt_len)
         return firsts
 
     def _pages_for(self, num_tokens: int) -> int:
@@ -268,15 +268,13 @@ class Scheduler:
             for sequence in list(self.running):
                 if budget and sequence.row >= 0 and (sequence.remaining == 1) is single:
                     take(sequence)
-        while self.landed and self._free_rows and budget:
-            sequence = self.landed.popleft()
-            self._start(sequence, now, starts)
-            take(sequence)
-        while self.waiting and self._free_rows and budget:
-            sequence = self.waiting[0]
-            if not self._claim_pages(sequence):
+        while (self.landed or self.waiting) and self._free_rows and budget:
+            if self._is_waiting_first() and self._claim_pages(self.waiting[0]):
+                sequence = self.waiting.popleft()
+            elif self.landed:
+                sequence = self.landed.popleft()
+            else:
                 break
-            self.waiting.popleft()
             self._start(sequence, now, starts)
             take(sequence)
             if sequence.row < 0:
@@ -284,6 +282,15 @@ class Scheduler:
         if not items:
             return None
         return self._command(items, starts)
+
+    def _is_waiting_first(self) -> bool:
+        if not self.waiting:
+            return False
+        return not self.landed or self.waiting[0].arrived_at < self.landed[0].arrived_at
+
+    def lacks_pages_before(self, arrived_at: float) -> bool:
+        """Whether a request that came earlier has a row and waits for pages."""
+        return bool(self.waiting and self._free_rows and self.waiting[0].arrived_at < arrived_at)
 
     def _claim_pages(self, sequence: Tracked) -> bool:
         """Match the prefix if all pages that the tokens known so far need will fit at once, and one
@@ -293,7 +300,9 @@ class Scheduler:
         for group, table in zip(self._groups, sequence.tables, strict=True):
             need = self._pages_for(sequence.length) - len(table)
             if group.kind == "sliding":
-                need = min(need, self._pages_for(group.window + self._max_batch_tokens) + 1)
+                held = sum(slot >= 0 for slot in table)
+                most = self._pages_for(group.window + self._max_batch_tokens) + 1
+                need = min(need, most - held)
             counts.append(need + len(self.running))
         if not self.index.can_allocate(counts):
             self.release_pages(sequence)

@@ -1,4 +1,5 @@
-"""Hundreds of requests with clients that leave at any moment: nothing stays behind, and the rest is right."""
+"""Hundreds of requests with clients that leave at any moment: nothing stays behind, and the rest is
+right."""
 
 from __future__ import annotations
 

@@ -101,8 +101,9 @@ async def cluster(
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
+    # A leader has no event for "idle".
     async with asyncio.timeout(_DEADLINE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 

@@ -1,7 +1,7 @@
 """Every parameter through the official `openai` client against real replicas, streaming and not.
 
-What a request must answer is computed with `transformers`' logits and a sampler written down plainly, so
-that a parameter which has the wrong effect, or none, is seen in the tokens.
+What a request must answer is computed with `transformers`' logits and a sampler written down
+plainly, so that a parameter which has the wrong effect, or none, is seen in the tokens.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def test_settings_have_an_effect(api: Api) -> None:
         assert api.expect(prompt, **settings, ignore_eos=True)[0] != base, name
 
 
-# ------------------------------------------------------------------------------------------------ ends
+# --------------------------------------------------------------------------------------------- ends
 
 
 @both_kinds
@@ -300,7 +300,7 @@ def test_ignore_eos(api: Api, kind: str, stream: bool) -> None:
     assert len(later.token_ids) == 5
 
 
-# ----------------------------------------------------------------------------------------------- seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 @both_kinds
@@ -337,7 +337,7 @@ def test_one_seed_gives_one_text_in_any_batch(api: Api, kind: str, stream: bool)
     assert len({api.ask(kind, stream, **asked).choices[0].text for _ in range(3)}) == 3
 
 
-# -------------------------------------------------------------------------------------------- logprobs
+# ----------------------------------------------------------------------------------------- logprobs
 
 
 @both_kinds
@@ -379,7 +379,7 @@ def test_logprobs_of_the_chosen_token_alone(api: Api) -> None:
     assert chat.top_logprobs == [[]] * 12
 
 
-# --------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @both_ways

@@ -1,4 +1,5 @@
-"""Processes come, die and go: Ray jobs, Ctrl-C, a second start, two clusters, kill -9, refused starts."""
+"""Processes come, die and go: Ray jobs, Ctrl-C, a second start, two clusters, kill -9, refused
+starts."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def placement_groups() -> list[str]:
     return [group["name"] for group in table if group["state"] != "REMOVED"]
 
 
-# -------------------------------------------------------------------------------------------- Ray jobs
+# -------------------------------------------------------------------------------------------- Ray
+# jobs
 
 
 def test_as_a_ray_job(ray_head: RayHead, tiny: Path, model: ReferenceModel, folder: Path) -> None:
@@ -139,7 +141,7 @@ def test_as_a_ray_job(ray_head: RayHead, tiny: Path, model: ReferenceModel, fold
     assert not list(folder.glob("pagerelay-*"))
 
 
-# ---------------------------------------------------------------------------------------- a Ray of one's own
+# ------------------------------------------------------------------------------- a Ray of one's own
 
 
 def test_ctrl_c_leaves_nothing_and_a_second_start_works(
@@ -170,7 +172,7 @@ def test_ctrl_c_leaves_nothing_and_a_second_start_works(
         assert abandoned_shared_memory() <= before
 
 
-# ------------------------------------------------------------------------------------------- side by side
+# ------------------------------------------------------------------------------------- side by side
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +204,8 @@ def test_a_name_is_taken_once(
     check_serves(pair[0], model, 5)
 
 
-# --------------------------------------------------------------------------------------------- kill -9
+# --------------------------------------------------------------------------------------------- kill
+# -9
 
 
 def ask_long(cluster: Cluster) -> requests.Response:
@@ -250,7 +253,8 @@ def test_a_killed_prefill_replica(pair: tuple[Cluster, Cluster], model: Referenc
 
 
 def test_a_killed_decode_replica(pair: tuple[Cluster, Cluster]) -> None:
-    """All its requests end with an error that names it, also one whose prompt is being prefilled."""
+    """All its requests end with an error that names it, also one whose prompt is being
+    prefilled."""
     cluster = pair[1]
     with ThreadPoolExecutor(4) as pool:
         body = {"max_tokens": 1500, "ignore_eos": True, "prompt": [5] * 20}
@@ -271,7 +275,7 @@ def test_a_killed_decode_replica(pair: tuple[Cluster, Cluster]) -> None:
     assert cluster.stop(signal.SIGINT) == 0
 
 
-# -------------------------------------------------------------------------------------- refused starts
+# ----------------------------------------------------------------------------------- refused starts
 
 
 def refused(spec: dict[str, Any], folder: Path, ray_head: RayHead) -> tuple[int, str]:

@@ -62,7 +62,12 @@ def test_every_request_gets_its_tokens_and_gives_everything_back(seed: int) -> N
 def test_aborts_failures_and_deaths_leave_nothing(seed: int) -> None:
     rng = random.Random(1000 + seed)
     replicas = make_cluster(rng)
-    simulation = Simulation(seed, replicas, lose_writes=rng.choice((0.0, 0.05)))
+    simulation = Simulation(
+        seed,
+        replicas,
+        lose_writes=rng.choice((0.0, 0.05)),
+        lose_messages=rng.choice((0.0, 0.1)),
+    )
     requests = {}
     for number, prompt in enumerate(make_prompts(rng, 40)):
         request_id, max_tokens = f"r{number}", rng.randint(1, 20)
@@ -70,7 +75,7 @@ def test_aborts_failures_and_deaths_leave_nothing(seed: int) -> None:
         prefill = rng.choice(("prefill-0", "prefill-1"))
         requests[request_id] = (prompt, max_tokens, decode)
         when = rng.random() * 200
-        timeout = rng.choice((1e6, 40.0))
+        timeout = rng.choice((500.0, 40.0))
         simulation.at(
             when,
             lambda r=request_id, p=prompt, m=max_tokens, d=decode, f=prefill, t=timeout: (
@@ -81,7 +86,7 @@ def test_aborts_failures_and_deaths_leave_nothing(seed: int) -> None:
             simulation.at(
                 when + rng.random() * 60, lambda r=request_id, d=decode: simulation.abort(r, d)
             )
-    for when in range(0, 1000, 7):
+    for when in range(0, 1500, 7):
         simulation.at(when, simulation.tick_all)
     dead = rng.choice(("", "prefill-0", "decode-0"))
     if dead:

@@ -109,11 +109,19 @@ class SimReplica:
 
 
 class Simulation:
-    def __init__(self, seed: int, replicas: list[SimReplica], lose_writes: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        replicas: list[SimReplica],
+        lose_writes: float = 0.0,
+        lose_messages: float = 0.0,
+    ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.replicas = {replica.name: replica for replica in replicas}
         self.lose_writes = lose_writes
+        self.lose_messages = lose_messages
+        """Between leaders; the API's are counted by position and not lost here."""
         self.outputs: dict[str, list[Output]] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._tie = 0
@@ -159,7 +167,9 @@ class Simulation:
     # ---------------------------------------------------------------------------------- the machine
 
     def send(self, sender: str, to: str, message: Any) -> None:
-        """In order per pair, after a random delay."""
+        """In order per pair, after a random delay, if at all."""
+        if "api" not in (sender, to) and self.random.random() < self.lose_messages:
+            return
         arrival = max(
             self._last_arrival.get((sender, to), 0.0), self.now + self.random.random() * 3
         )

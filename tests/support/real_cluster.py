@@ -3,7 +3,8 @@ SPEC`.
 
 Everything that is started here is ended here, by pid, and its whole process tree is looked for
 afterwards. All waits have deadlines. Folders have short names: Ray's and ZMQ's sockets live in
-them, and a socket's path may have 107 characters."""
+them, and a socket's path may have 107 characters.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +60,7 @@ def short_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------------------------
-# processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +179,7 @@ def _environment(address: str, **more: str) -> dict[str, str]:
     return environment | ({"RAY_ADDRESS": address} if address else {})
 
 
-# --------------------------------------------------------------------------------------------
-# clusters
+# ----------------------------------------------------------------------------------------- clusters
 
 NUM_STARTED = 0
 
@@ -249,8 +248,7 @@ class Cluster:
         line = next(line for line in self.log.splitlines() if f"{replica}: ready" in line)
         return int(line.split("pid ")[1].split(",")[0].rstrip(")"))
 
-    # -----------------------------------------------------------------------------------------
-    # asking
+    # --------------------------------------------------------------------------------------- asking
 
     def get(self, path: str) -> requests.Response:
         return requests.get(self.url + path, headers=self._headers(), timeout=30)
@@ -325,8 +323,7 @@ class Answer:
     usage: dict[str, Any]
 
 
-# --------------------------------------------------------------------------------------- shared
-# memory
+# ------------------------------------------------------------------------------------ shared memory
 
 
 def abandoned_shared_memory() -> set[str]:

@@ -1,7 +1,8 @@
 """Sampling written down plainly, one token at a time: what the batched sampler is compared with.
 
 The order is that of `SamplingParams`: penalties and bias, temperature, top_k, top_p, min_p, one
-number. The number's generator is not written twice: `uniform` is tested for itself."""
+number. The number's generator is not written twice: `uniform` is tested for itself.
+"""
 
 from __future__ import annotations
 

@@ -133,6 +133,7 @@ class FakeLeaders:
             finish,
             error,
             self._stats(replica, generate) if finish or start == 0 else None,
+            start,
         )
         self.client.on_message(replica, Outputs((output,)))
         if finish is None:

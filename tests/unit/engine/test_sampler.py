@@ -55,8 +55,7 @@ def random_logits(seed: int, count: int = 1, vocabulary: int = VOCABULARY) -> to
     return torch.randn(count, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-# ------------------------------------------------------------------------------------------ the
-# number
+# --------------------------------------------------------------------------------------- the number
 
 
 def test_uniform_is_flat_and_its_arguments_matter() -> None:
@@ -88,8 +87,7 @@ def test_uniform_of_neighbouring_seeds_is_independent() -> None:
     assert 0 <= uniform(top, top)[0] < 1
 
 
-# ------------------------------------------------------------------------------------------ one
-# setting
+# -------------------------------------------------------------------------------------- one setting
 
 
 def test_greedy_is_the_first_of_the_likeliest() -> None:
@@ -249,8 +247,7 @@ def test_min_tokens_mask_stop_tokens_and_no_longer() -> None:
     assert draw([Item(biased)], logits)[0] == [1]
 
 
-# -------------------------------------------------------------------------------------------
-# logprobs
+# ----------------------------------------------------------------------------------------- logprobs
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
@@ -272,8 +269,7 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
         assert entry.top_logprobs == pytest.approx(expected[order].tolist(), abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------
-# batch
+# -------------------------------------------------------------------------------------------- batch
 
 
 @pytest.mark.parametrize("seed", range(5))

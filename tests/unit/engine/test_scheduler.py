@@ -87,8 +87,7 @@ class Rig:
         return {sequence.row: sequence for sequence in self.scheduler.running}
 
 
-# ------------------------------------------------------------------------------------------
-# properties
+# --------------------------------------------------------------------------------------- properties
 
 
 def check_command(rig: Rig, command: StepCommand) -> None:
@@ -202,8 +201,7 @@ def test_random_histories(seed: int, groups: tuple[LayerGroup, ...]) -> None:
     assert sorted(rig.scheduler._free_rows) == list(range(len(rig.scheduler._free_rows)))
 
 
-# -----------------------------------------------------------------------------------------------
-# order
+# -------------------------------------------------------------------------------------------- order
 
 
 def test_landed_sequences_join_before_waiting_ones() -> None:
@@ -255,8 +253,7 @@ def test_a_waiting_sequence_is_not_overtaken() -> None:
     assert large in rig.scheduler.running
 
 
-# ------------------------------------------------------------------------------------------
-# preemption
+# --------------------------------------------------------------------------------------- preemption
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
@@ -314,8 +311,7 @@ def test_a_preempted_sequence_goes_on_with_all_its_tokens() -> None:
     assert second.buffer.tolist() == [2] * 8 + [1] * 14
 
 
-# ------------------------------------------------------------------------------------------- in
-# flight
+# ---------------------------------------------------------------------------------------- in flight
 
 
 def test_a_sequence_dropped_in_flight_keeps_its_pages_until_the_commit() -> None:
@@ -364,8 +360,7 @@ def test_drop_is_for_every_state_and_idempotent() -> None:
     rig.index.check_integrity()
 
 
-# -----------------------------------------------------------------------------------------
-# reservation
+# -------------------------------------------------------------------------------------- reservation
 
 
 def test_a_reservation_is_all_or_nothing_and_leaves_room_to_grow() -> None:
