@@ -21,8 +21,21 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from hicache.index import PageIndex
-from pd.engine.batch import StepCommand, StepResult
+from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
+from pd.events import (
+    Effect,
+    Event,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunStep,
+    Send,
+    StepDone,
+    Tick,
+    Write,
+    Written,
+)
 from pd.messages import (
     Abort,
     AnyMessage,
@@ -47,78 +60,6 @@ from pd.messages import (
 )
 from transfer.handover import ReceiverHandover, ReceiverState, SenderHandover
 from transfer.layout import LayerGroup
-
-# ------------------------------------------------------------------------------------------- events
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Received:
-    sender: str
-    message: AnyMessage
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepDone:
-    result: StepResult
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Written:
-    """A write's end; `error` None means that every byte has landed."""
-
-    write_id: int
-    error: str | None
-    bytes_moved: int
-    descriptors: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PeerUp:
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PeerDown:
-    """The process is known to have ended: no write of its can be in flight."""
-
-    name: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed; sent several times a second."""
-
-
-Event = Received | StepDone | Written | PeerUp | PeerDown | Tick
-
-# ------------------------------------------------------------------------------------------ effects
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Send:
-    to: str
-    message: AnyMessage
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunStep:
-    command: StepCommand
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Write:
-    """Write pages of one layer group to `peer`; answered by `Written`."""
-
-    write_id: int
-    peer: str
-    group: int
-    source_pages: Int32Array
-    target_pages: Int32Array
-
-
-Effect = Send | RunStep | Write
 
 # -------------------------------------------------------------------------------------------- state
 

@@ -31,10 +31,9 @@ import zmq.auth.asyncio
 
 import pd
 from pd import messages
-from pd.leader import (
+from pd.events import (
     Effect,
     Event,
-    Leader,
     PeerDown,
     PeerUp,
     Received,
@@ -45,6 +44,7 @@ from pd.leader import (
     Write,
     Written,
 )
+from pd.leader import Leader
 from pd.messages import AnyMessage, Heartbeat, ProtocolError
 from pd.spec import ClusterSpec, Role, SpecError
 

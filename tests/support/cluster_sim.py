@@ -18,10 +18,9 @@ import numpy as np
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
-from pd import leader as events
 from pd.engine.batch import StepCommand, StepResult
-from pd.leader import (
-    Leader,
+from pd.events import (
+    Event,
     PeerDown,
     PeerUp,
     Received,
@@ -32,6 +31,7 @@ from pd.leader import (
     Write,
     Written,
 )
+from pd.leader import Leader
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
 from transfer.layout import LayerGroup
 
@@ -184,7 +184,7 @@ class Simulation:
         elif self.replicas[to].alive and (sender == "api" or self.replicas[sender].alive):
             self.deliver(self.replicas[to], Received(sender, message))
 
-    def deliver(self, replica: SimReplica, event: events.Event) -> None:
+    def deliver(self, replica: SimReplica, event: Event) -> None:
         if not replica.alive:
             return
         for effect in replica.leader.handle(event, self.now):
