@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import (
 from pd.cluster.actor import NodeActor, ProcessId, end_process
 from pd.models import resolve_model
 from pd.node import Member, NodeConfig
-from pd.spec import ClusterSpec, Role, RoleSpec
+from pd.spec import ClusterSpec, Role, RoleSpec, SpecError
 
 _WATCH_S = 0.5
 _PROCESS_ENVIRONMENT = {
@@ -212,6 +212,8 @@ class Controller:
         try:
             started: tuple[Member, ProcessId] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SpecError):
+                raise SpecError(f"{process.name}: {error.cause}") from error
             raise StartError(
                 f"{process.name}: {type(error.cause).__name__}: {error.cause}"
             ) from error
@@ -235,9 +237,9 @@ class Controller:
 
     def _announce(self, reason: str) -> None:
         """Tell every live process who is a member: replicas first, since an API server sends them
-        requests as soon as it knows them."""
+        requests as soon as it knows them; where one is gone the API first, whose error says so."""
         members = [process.member for process in self._processes if process.member is not None]
-        for is_api in (False, True):
+        for is_api in (True, False) if reason else (False, True):
             told = [
                 process.actor.set_members.remote(members, reason)
                 for process in self._processes

@@ -186,12 +186,13 @@ class Scheduler:
         they do not fit. Returns, by group, the first page allocated; earlier ones are cached or out
         of the window."""
         total = self._pages_for(sequence.prompt_len)
+        repeat = self._repeat_position(sequence)
         firsts = []
         for group, table in zip(self._groups, sequence.tables, strict=True):
-            needed = group.first_needed_page(sequence.prompt_len, self._page_tokens)
+            needed = group.first_needed_page(repeat, self._page_tokens)
             firsts.append(min(total, max(len(table), needed)))
         counts = [total - first for first in firsts]
-        self._slide(sequence, sequence.prompt_len)
+        self._slide(sequence, repeat)
         # A page to grow for each running sequence, so that a landed one is not preempted at once.
         if not self.index.can_allocate([count + len(self.running) for count in counts]):
             return None
@@ -202,11 +203,16 @@ class Scheduler:
             table += [-1] * (first - len(table)) + slots
         return firsts
 
+    def _repeat_position(self, sequence: Tracked) -> int:
+        """Where the same prompt, sent again, could start to compute."""
+        return (sequence.prompt_len - 1) // self._page_tokens * self._page_tokens
+
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
 
     def _slide(self, sequence: Tracked, position: int) -> None:
-        """Give back pages that no query at or after `position` attends to."""
+        """Give back pages that no query at or after `position` attends to. Those that a repeated
+        prompt would attend to stay cached as long as others, the rest are evicted first."""
         for number, group in enumerate(self._groups):
             if group.kind == "full":
                 continue
@@ -214,7 +220,10 @@ class Scheduler:
             first = min(group.first_needed_page(position, self._page_tokens), len(table))
             begin = sequence.slid[number]
             if first > begin:
-                self.index.release(number, table[begin:first], cold=True)
+                repeat = self._repeat_position(sequence)
+                warm = min(first, max(begin, group.first_needed_page(repeat, self._page_tokens)))
+                self.index.release(number, table[begin:warm], cold=True)
+                self.index.release(number, table[warm:first])
                 table[begin:first] = [-1] * (first - begin)
                 sequence.slid[number] = first
 

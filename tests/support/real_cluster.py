@@ -260,21 +260,28 @@ class Cluster:
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
-    def complete(self, prompt: list[int], max_tokens: int, **options: Any) -> Answer:
+    def complete(self, prompt: list[int], max_tokens: int) -> Answer:
         """A greedy completion that ends with its length."""
+        body = self._complete(prompt, max_tokens)
+        return Answer(body["choices"][0]["token_ids"], body["timings"], body["usage"])
+
+    def complete_all(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """Tokens by prompt, of one HTTP request: all reach the decode replicas together."""
+        choices = self._complete(prompts, max_tokens)["choices"]
+        return [choice["token_ids"] for choice in choices]
+
+    def _complete(self, prompt: list[int] | list[list[int]], max_tokens: int) -> Any:
         response = self.post(
             "/v1/completions",
-            prompt=[int(token) for token in prompt],
+            prompt=prompt,
             max_tokens=max_tokens,
             temperature=0.0,
             ignore_eos=True,
             return_token_ids=True,
             return_timings=True,
-            **options,
         )
         assert response.ok, response.text
-        body = response.json()
-        return Answer(body["choices"][0]["token_ids"], body["timings"], body["usage"])
+        return response.json()
 
     @property
     def replicas(self) -> list[str]:

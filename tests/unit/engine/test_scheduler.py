@@ -395,10 +395,6 @@ def test_a_reservation_outside_the_window_has_no_pages() -> None:
     assert min(sequence.tables[1][firsts[1] :]) > 0
 
 
-@pytest.mark.xfail(
-    reason="a reservation leaves out the page that a match one token shorter would need",
-    strict=True,
-)
 def test_a_prompt_that_came_by_a_handover_is_found_when_it_comes_again() -> None:
     """Whatever its length is, beside pages and window."""
     missed = []
