@@ -197,6 +197,15 @@ def max_context(
     return min(bounds, default=None)
 
 
+def check_context(role: Role, longest: int | None, wanted: int | None) -> None:
+    """Raise SpecError if the spec wants more than a role's pools hold."""
+    if wanted is not None and longest is not None and longest < wanted:
+        raise SpecError(
+            f"model.max_context: found {wanted}, but roles.{role}.pool holds a request of at most "
+            f"{longest} tokens"
+        )
+
+
 def _pages(layouts: Sequence[PageLayout], role: RoleSpec, num_pages: int) -> list[int]:
     if all(layout.group.kind == "sliding" for layout in layouts):
         return [num_pages] * len(layouts)
@@ -299,11 +308,7 @@ def estimate_cost(
             except SpecError as error:
                 raise SpecError(f"roles.{role}.{error}") from None
         longest = limit if pages is None else max_context(layouts, pages, role_spec, limit)
-        if wanted is not None and longest is not None and longest < wanted:
-            raise SpecError(
-                f"model.max_context: found {wanted}, but roles.{role}.pool holds a request of "
-                f"at most {longest} tokens"
-            )
+        check_context(role, longest, wanted)
         roles.append(
             RoleCost(
                 role=role,

@@ -319,12 +319,7 @@ class ReplicaNode(Node):
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         num_pages = cost.plan_pools(runner.layouts, role, available)
         fits = cost.max_context(runner.layouts, num_pages, role, runner.max_positions)
-        asked = spec.model.max_context
-        if asked is not None and fits is not None and asked > fits:
-            raise SpecError(
-                f"model.max_context: found {asked}, but roles.{self.config.role}.pool and the model "
-                f"allow at most {fits} tokens"
-            )
+        cost.check_context(self.config.role, fits, spec.model.max_context)
         limits = [limit for limit in (fits, spec.model.max_context) if limit is not None]
         if not limits:
             raise SpecError("model.max_context: expected a number, as this model names no limit")
