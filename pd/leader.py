@@ -559,8 +559,8 @@ class Leader:
     def _prefill_progress(
         self, prefill: _Prefill, token: int | None, logprob: TokenLogprob | None, now: float
     ) -> None:
-        self._write_ready_pages(prefill)
         if token is None:
+            self._write_ready_pages(prefill)
             return
         prefill.done = True
         sequence = prefill.sequence
@@ -579,6 +579,8 @@ class Leader:
                 now - sequence.admitted_at,
             ),
         )
+        # After the first token, which the client waits for.
+        self._write_ready_pages(prefill)
         self._close_prefill(prefill)
 
     def _generation_progress(

@@ -131,7 +131,7 @@ def test_nothing_is_left_of_500_requests(
                 "path": str(tiny_folder("gemma3_text")),
                 "name": "tiny",
                 "dtype": "float32",
-                "max_context": 160,
+                "max_context": 156,
             },
             "page_tokens": 4,
             "roles": {
