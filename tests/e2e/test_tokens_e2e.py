@@ -208,8 +208,8 @@ def gemma(start_cluster: Callable[..., Cluster]) -> Iterator[Served]:
 
 
 def test_gemma_3_270m(gemma: Served) -> None:
-    """Prompts of 5 to 1,500 tokens, around and beyond its window of 512: cold, then all at once and
-    cached."""
+    """Prompts of 5 to 1,500 tokens, around and beyond its window of 512: cold, then cached and all
+    at once, then sixteen others at once."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gemma.cluster.spec["model"]["path"])
@@ -221,6 +221,5 @@ def test_gemma_3_270m(gemma: Served) -> None:
         gemma.check(prompt, 12, tokens)
     again = gemma.check(prompts[-1], 12, expected[-1])
     assert again.timings["cached_tokens_decode"] == 1488
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda prompt: gemma.cluster.complete(prompt, 12), prompts))
-    assert [answer.tokens for answer in answers] == expected
+    assert gemma.cluster.complete_all(prompts, 12) == expected
+    gemma.check_at_once([ids[7 * i : 40 * i + 20] for i in range(16)], 8)
