@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import ray
 
-from pd.node import Member, NodeConfig, make_node
+from pd.api.node import ApiNode
+from pd.node import Member, NodeConfig
+from pd.replica_node import ReplicaNode
 
 
 class ProcessId(NamedTuple):
@@ -57,7 +59,8 @@ class NodeActor:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("pagerelay").setLevel(os.environ.get("PAGERELAY_LOG", "INFO"))
         host = ray.util.get_node_ip_address()
-        self._node = make_node(dataclasses.replace(config, host=host))
+        node = ApiNode if config.role is None else ReplicaNode
+        self._node = node(dataclasses.replace(config, host=host))
 
     async def start(self) -> tuple[Member, ProcessId]:
         member = await self._node.start()

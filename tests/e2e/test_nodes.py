@@ -18,7 +18,8 @@ from pd import messages
 from pd.api.client import EngineClient
 from pd.bench.tiny import make_tiny_model
 from pd.messages import AnyMessage, Heartbeat, Output, SamplingParams
-from pd.node import Member, Node, NodeConfig, ReplicaNode
+from pd.node import Member, Node, NodeConfig
+from pd.replica_node import ReplicaNode
 from pd.router import Router
 from pd.spec import ClusterSpec
 

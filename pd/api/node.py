@@ -1,0 +1,101 @@
+"""An API server's process: the engine client and uvicorn on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pd.messages import AnyMessage
+from pd.node import Member, Node
+
+if TYPE_CHECKING:
+    import uvicorn
+
+
+class ApiNode(Node):
+    """An HTTP server in front of the replicas; it answers from the first membership list on."""
+
+    async def prepare(self) -> Member:
+        from pd.api.client import EngineClient
+        from pd.router import Router
+
+        self._client = EngineClient(
+            self.send, Router(self.spec.router.max_queue), self.spec.page_tokens
+        )
+        self._server: uvicorn.Server | None = None
+        self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        self._listener = self._listen()
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        facts = {"url": url, "pid": str(os.getpid()), "host": socket.gethostname()}
+        return Member(self.name, None, self.incarnation, "", facts=facts)
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model_folder())
+
+    def _listen(self) -> socket.socket:
+        """Bound before anything is started, so that a port in use is an error at start-up."""
+        api = self.spec.api
+        family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((api.host, api.port))
+        except OSError as error:
+            raise OSError(
+                f"api.host, api.port: cannot listen on {api.host}:{api.port}: {error.strerror}"
+            ) from error
+        return listener
+
+    def set_members(self, members: list[Member], reason: str = "") -> None:
+        super().set_members(members, reason)
+        replicas = [member for member in members if member.role is not None]
+        if self._server is None and replicas:
+            self._serve(replicas)
+
+    def _serve(self, replicas: list[Member]) -> None:
+        import uvicorn
+
+        from pd.api.protocol import ModelInfo
+        from pd.api.server import create_app
+
+        first = replicas[0]
+        self._client.set_fingerprint(str(sorted(first.compat.items())))
+        info = ModelInfo(
+            name=self.spec.model.name or Path(self.spec.model.path.removeprefix("package:")).name,
+            vocab_size=first.vocab_size,
+            max_context=min(member.max_context for member in replicas),
+            eos_token_ids=first.end_tokens,
+        )
+        config = uvicorn.Config(
+            create_app(self.spec, self._client, self._tokenizer, info),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+        )
+        self._server = uvicorn.Server(config)
+        # Not `serve`, which would take the process's signal handlers.
+        self.spawn(self._server._serve([self._listener]))
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        self._client.on_message(sender, message)
+
+    def member_joined(self, member: Member) -> None:
+        if member.role is not None:
+            self._client.on_peer_up(member.name, member.role)
+
+    def member_left(self, member: Member, reason: str) -> None:
+        if member.role is not None:
+            self._client.on_peer_down(member.name, reason)
+
+    async def shut_down(self) -> None:
+        if self._server is not None:
+            self._server.should_exit = True
+            await asyncio.sleep(0.2)
+        self._listener.close()

@@ -1,0 +1,213 @@
+"""A replica of one rank as one process: the leader on the event loop, the model on a compute
+thread, the transport on the mover's thread.
+
+Whatever fails here puts pages in doubt, so it ends the replica: `failure` says why, and who watches
+the node ends its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import pd
+from pd import messages
+from pd.events import (
+    Effect,
+    Event,
+    PeerDown,
+    PeerUp,
+    Received,
+    RunStep,
+    Send,
+    StepDone,
+    Tick,
+    Write,
+    Written,
+)
+from pd.leader import Leader
+from pd.messages import AnyMessage, Heartbeat
+from pd.node import Member, Node
+from pd.spec import SpecError
+
+if TYPE_CHECKING:
+    from transfer.transport import WriteResult
+
+log = logging.getLogger("pagerelay")
+
+
+class ReplicaNode(Node):
+    """A replica of one rank: leader, model and transport."""
+
+    async def prepare(self) -> Member:
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self._compute = ThreadPoolExecutor(1, "compute")
+        member = await loop.run_in_executor(self._compute, self._load)
+        self._mover.start()
+        return member
+
+    def _load(self) -> Member:
+        import torch
+        import transformers
+
+        from hicache.index import PageIndex
+        from pd import cost
+        from pd.engine.model import LAYOUT_VERSION, ModelRunner, weights_digest
+        from transfer.backends import make_transport
+        from transfer.mover import Mover
+
+        assert self.config.role is not None
+        spec, role = self.spec, dict(self.spec.roles.items())[self.config.role]
+        folder = self.model_folder()
+        device = torch.device("cuda", 0) if role.device == "cuda" else torch.device("cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(role.threads)
+        runner = ModelRunner(folder, spec.model, spec.page_tokens, device)
+        if device.type == "cuda":
+            available = torch.cuda.mem_get_info(device)[0]
+        else:
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        num_pages = cost.plan_pools(runner.layouts, role, available)
+        fits = cost.max_context(runner.layouts, num_pages, role, runner.max_positions)
+        cost.check_context(self.config.role, fits, spec.model.max_context)
+        limits = [limit for limit in (fits, spec.model.max_context) if limit is not None]
+        if not limits:
+            raise SpecError("model.max_context: expected a number, as this model names no limit")
+        max_context = min(limits)
+        runner.allocate(num_pages, role.max_running, max_context)
+        runner.warm_up(min(role.max_batch_tokens, max_context))
+        self._runner = runner
+        transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
+        transport.register([pool.region for pool in runner.pools])
+        self._mover = Mover(transport, self._write_ended, self._peer_lost, self._mover_failed)
+        index = PageIndex(runner.groups, num_pages, spec.page_tokens, reuse=spec.cache.device)
+        self.leader = Leader(
+            self.name,
+            index,
+            runner.groups,
+            spec.page_tokens,
+            role.max_batch_tokens,
+            role.max_running,
+            spec.router.local_prefill_tokens,
+        )
+        compat = {
+            "model weights": weights_digest(folder, spec.model),
+            "dtype": spec.model.dtype,
+            "compute dtype": str(runner.compute_dtype),
+            "page_tokens": str(spec.page_tokens),
+            "layer groups": str(
+                [(g.kind, g.window, len(g.layers), g.kv_heads, g.head_dim) for g in runner.groups]
+            ),
+            "page layout version": str(LAYOUT_VERSION),
+            "protocol version": str(messages.PROTOCOL_VERSION),
+            "PageRelay version": pd.__version__,
+            "transformers version": transformers.__version__,
+            "torch version": torch.__version__,
+        }
+        facts = {
+            "device": str(device),
+            "pages": " + ".join(map(str, num_pages)),
+            "pid": str(os.getpid()),
+            "host": socket.gethostname(),
+        }
+        return Member(
+            name=self.name,
+            role=self.config.role,
+            incarnation=self.incarnation,
+            address="",
+            compat=compat,
+            transport=transport.describe(),
+            max_context=max_context,
+            vocab_size=runner.vocab_size,
+            end_tokens=runner.end_tokens,
+            facts=facts,
+        )
+
+    def handle(self, event: Event) -> None:
+        if self.failure:
+            return
+        try:
+            for effect in self.leader.handle(event, time.monotonic()):
+                self._carry_out(effect)
+            self._mover.expect(self.leader.expects_writes)
+        except Exception as error:  # a leader in doubt ends with its process
+            self._fail(error)
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send(to, message):
+                self.send(to, message)
+            case RunStep(command):
+                self._compute.submit(self._runner.step, command).add_done_callback(self._step_ended)
+            case Write(write_id, peer, group, source, target):
+                self._mover.write(write_id, peer, group, source, target)
+
+    def _step_ended(self, future: Any) -> None:
+        """On the compute thread."""
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is not None:
+            self._call(self._fail, error)
+        else:
+            self._call(self.handle, StepDone(future.result()))
+
+    def _write_ended(self, key: int, result: WriteResult) -> None:
+        """On the mover's thread."""
+        event = Written(key, result.error, result.bytes_moved, result.descriptors, result.seconds)
+        self._call(self.handle, event)
+
+    def _peer_lost(self, peer: str, error: str) -> None:
+        self._call(log.error, "%s cannot connect its transport to %s: %s", self.name, peer, error)
+
+    def _mover_failed(self, error: BaseException) -> None:
+        """On the mover's thread."""
+        self._call(self._fail, error)
+
+    def _call(self, function: Callable[..., object], *args: object) -> None:
+        # The loop may have been closed by a stop meanwhile.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _fail(self, error: BaseException) -> None:
+        """What failed leaves pages in doubt: the replica ends, and its requests with it."""
+        log.error("%s fails", self.name, exc_info=error)
+        self.failure = f"{type(error).__name__}: {error}"
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        self.handle(Received(sender, message))
+
+    def member_joined(self, member: Member) -> None:
+        if self.config.role == "prefill" and member.role == "decode":
+            self._mover.connect(member.name, member.transport)
+        self.handle(PeerUp(member.name))
+
+    def member_left(self, member: Member, reason: str) -> None:
+        self._mover.disconnect(member.name)
+        self.handle(PeerDown(member.name, reason))
+
+    def tick(self) -> None:
+        self.handle(Tick())
+
+    def heartbeat(self) -> Heartbeat:
+        load = msgspec.structs.replace(self.leader.load(), dropped_messages=self.dropped_messages)
+        return Heartbeat(load)
+
+    def check(self) -> dict[str, object]:
+        if not self.leader.scheduler.has_step_in_flight:
+            self.leader.check_integrity()
+        return {"idle": self.leader.is_idle, "load": msgspec.structs.asdict(self.leader.load())}
+
+    async def shut_down(self) -> None:
+        self._compute.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)
