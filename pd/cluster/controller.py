@@ -85,10 +85,6 @@ class Controller:
         self._socket_folder = ""
         self._curve: tuple[bytes, bytes] | None = None
 
-    @property
-    def processes(self) -> dict[str, _Process]:
-        return {process.name: process for process in self._processes}
-
     # ---------------------------------------------------------------------------------------- start
 
     def start(self, folder: Path) -> None:
@@ -245,6 +241,7 @@ class Controller:
                 for process in self._processes
                 if (process.role is None) is is_api
             ]
+            # A node that dies or hangs over it is seen by the watch.
             ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
     # ---------------------------------------------------------------------------------------- watch
