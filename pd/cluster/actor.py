@@ -68,7 +68,11 @@ class NodeActor:
         return member, ProcessId(node, os.getpid(), _start_time(os.getpid()))
 
     async def set_members(self, members: list[Member], reason: str = "") -> None:
-        self._node.set_members(members, reason)
+        try:
+            self._node.set_members(members, reason)
+        except Exception as error:  # a node in doubt about its peers ends; `report` says why
+            self._node.failure = f"{type(error).__name__}: {error}"
+            raise
 
     async def report(self) -> dict[str, Any]:
         """Answered while the node's event loop lives."""

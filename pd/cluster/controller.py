@@ -241,7 +241,7 @@ class Controller:
                 for process in self._processes
                 if (process.role is None) is is_api
             ]
-            # A node that dies or hangs over it is seen by the watch.
+            # A node that fails, hangs or dies over it is seen by the watch.
             ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
     # ---------------------------------------------------------------------------------------- watch
