@@ -1,12 +1,46 @@
-"""Transports by name. A backend's library is imported only when it is asked for."""
+"""Transports by name. A backend's library is imported only when it is asked for.
+
+Others register a callable `(name, options) -> Transport` under the entry point group
+`pagerelay.transports`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from transfer.transport import ConfigurationError, Transport
 
-BACKENDS = ("nixl", "loopback")
+ENTRY_POINTS = "pagerelay.transports"
+
+
+class _Builtin(NamedTuple):
+    module: str
+    factory: str
+    install: str
+    """What provides the library that it needs."""
+
+
+_BUILTIN = {
+    "nixl": _Builtin("transfer.nixl", "NixlTransport", "pip install 'nixl>=1.5,<2'"),
+    "mooncake": _Builtin(
+        "transfer.mooncake",
+        "MooncakeTransport",
+        "pip install 'pagerelay[mooncake]', and the system's libibverbs1, librdmacm1 and libnuma1",
+    ),
+    "shm": _Builtin("transfer.shm", "ShmTransport", ""),
+    "ipc": _Builtin("transfer.ipc", "IpcTransport", "an NVIDIA GPU, and pip install triton"),
+    "loopback": _Builtin("transfer.loopback", "LoopbackTransport", ""),
+}
+BACKENDS = tuple(_BUILTIN)
+
+
+def backend_names() -> list[str]:
+    """All that `make_transport` knows, those of entry points included."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return [*BACKENDS, *sorted({entry.name for entry in found} - set(BACKENDS))]
 
 
 def make_transport(backend: str, name: str, options: Mapping[str, str] | None = None) -> Transport:
@@ -14,19 +48,24 @@ def make_transport(backend: str, name: str, options: Mapping[str, str] | None = 
 
     Raises ConfigurationError when the backend is unknown, not installed, or refuses its options.
     """
-    settings = dict(options or {})
-    match backend:
-        case "loopback":
-            from transfer.loopback import LoopbackTransport
+    return _factory(backend)(name, dict(options or {}))
 
-            return LoopbackTransport(name, settings)
-        case "nixl":
-            try:
-                from transfer.nixl import NixlTransport
-            except ImportError as error:
-                raise ConfigurationError(
-                    f"transport 'nixl' needs the nixl library: pip install 'nixl>=1.5,<2' ({error})"
-                ) from error
-            return NixlTransport(name, settings)
-        case _:
-            raise ConfigurationError(f"no transport {backend!r}; there are {', '.join(BACKENDS)}")
+
+def _factory(backend: str) -> Callable[[str, dict[str, str]], Transport]:
+    builtin = _BUILTIN.get(backend)
+    if builtin is None:
+        found = importlib.metadata.entry_points(group=ENTRY_POINTS, name=backend)
+        if not found:
+            known = ", ".join(backend_names())
+            raise ConfigurationError(f"no transport {backend!r}; there are {known}")
+        try:
+            factory = next(iter(found)).load()
+        except Exception as error:  # another's code: say whose, and what it said
+            raise ConfigurationError(f"transport {backend!r} does not load: {error}") from error
+        return factory  # type: ignore[no-any-return]
+    try:
+        return getattr(importlib.import_module(builtin.module), builtin.factory)  # type: ignore[no-any-return]
+    except (ImportError, OSError) as error:
+        raise ConfigurationError(
+            f"transport {backend!r} needs {builtin.install} ({error})"
+        ) from error

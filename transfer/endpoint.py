@@ -1,14 +1,13 @@
-"""What every backend does alike: describe its end, check a peer's description, check pages, count
-runs."""
+"""What every backend does alike: describe its end, check a peer's description, check what is
+to be written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
-from transfer.transport import Int32Array, PeerError, Region
+from transfer.transport import Int32Array, PagePart, PeerError, Region
 
 DESCRIPTION_VERSION = 1
 
@@ -46,7 +45,8 @@ def decode_description(
 ) -> Description:
     """The peer's description. Raises PeerError, naming both values, when it does not fit our end.
 
-    Pools may differ in their number of pages, not in number or in page size.
+    Pools may differ in their size and in that of their pages, not in number: whether two replicas'
+    pages mean the same is for `PairPlan` to say.
     """
     try:
         preamble = _preamble_decoder.decode(data)
@@ -63,27 +63,43 @@ def decode_description(
     ours, theirs = len(own_regions), len(description.regions)
     if ours != theirs:
         raise PeerError(f"{peer} has {theirs} regions, we have {ours}")
-    for number, (own, other) in enumerate(zip(own_regions, description.regions, strict=True)):
-        if own.page_bytes != other.page_bytes:
-            raise PeerError(
-                f"pages of region {number} have {other.page_bytes} bytes at {peer}, "
-                f"{own.page_bytes} here"
-            )
     return description
 
 
-def check_pages(pages: Int32Array, region: Region, where: str) -> None:
-    """Raises IndexError when a page is not in `region`; `where` names it."""
+def check_write(
+    peer: str,
+    number: int,
+    regions: Sequence[Region],
+    peer_regions: Sequence[Region],
+    source_pages: Int32Array,
+    target_pages: Int32Array,
+    part: PagePart | None,
+) -> PagePart:
+    """The part to write, if all that `Transport.write` is given fits; else raises as it says."""
+    source, target = regions[number], peer_regions[number]
+    if len(source_pages) != len(target_pages):
+        raise ValueError(f"{len(source_pages)} source and {len(target_pages)} target pages")
+    _check_pages(source_pages, source, f"our region {number}")
+    _check_pages(target_pages, target, f"region {number} of {peer}")
+    if part is None:
+        if source.page_bytes != target.page_bytes:
+            raise ValueError(
+                f"pages of region {number} have {target.page_bytes} bytes at {peer}, "
+                f"{source.page_bytes} here"
+            )
+        return PagePart(0, 0, source.page_bytes)
+    if min(part.source_offset, part.target_offset, part.length, part.count) < 0 or (
+        part.source_end > source.page_bytes or part.target_end > target.page_bytes
+    ):
+        raise ValueError(
+            f"{part} is not within pages of {source.page_bytes} bytes here and "
+            f"{target.page_bytes} at {peer}"
+        )
+    return part
+
+
+def _check_pages(pages: Int32Array, region: Region, where: str) -> None:
     if pages.size and (pages.min() < 0 or pages.max() >= region.num_pages):
         raise IndexError(
             f"pages {pages.min()} to {pages.max()} of {where}, which has {region.num_pages}"
         )
-
-
-def adjacent_runs(source_pages: Int32Array, target_pages: Int32Array) -> list[tuple[int, int]]:
-    """[start, end) of the maximal runs adjacent on both sides: each moves as one descriptor."""
-    if not len(source_pages):
-        return []
-    breaks = (np.diff(source_pages) != 1) | (np.diff(target_pages) != 1)
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
-    return list(zip(starts, [*starts[1:], len(source_pages)], strict=True))

@@ -17,14 +17,16 @@ import uuid
 from transfer.endpoint import (
     DESCRIPTION_VERSION,
     Description,
-    adjacent_runs,
-    check_pages,
+    check_write,
     decode_description,
     encode_description,
 )
+from transfer.segments import plan_segments
 from transfer.transport import (
+    Capabilities,
     ConfigurationError,
     Int32Array,
+    PagePart,
     PeerError,
     Region,
     Transport,
@@ -49,6 +51,8 @@ class _Write:
 
 class LoopbackTransport(Transport):
     """Options: `delay_polls`, the number of polls after which a write ends, one more than that."""
+
+    capabilities = Capabilities()
 
     def __init__(self, name: str, options: dict[str, str]) -> None:
         unknown = set(options) - {"delay_polls"}
@@ -93,31 +97,32 @@ class LoopbackTransport(Transport):
                 write.polls_left = 0
 
     def write(
-        self, peer: str, region: int, source_pages: Int32Array, target_pages: Int32Array
+        self,
+        peer: str,
+        region: int,
+        source_pages: Int32Array,
+        target_pages: Int32Array,
+        part: PagePart | None = None,
     ) -> int:
         if peer not in self._peers:
             raise PeerError(f"{peer} is not connected")
-        source, target = self._regions[region], self._peers[peer].regions[region]
-        if len(source_pages) != len(target_pages):
-            raise ValueError(f"{len(source_pages)} source and {len(target_pages)} target pages")
-        check_pages(source_pages, source, f"our region {region}")
-        check_pages(target_pages, target, f"region {region} of {peer}")
-
-        runs = adjacent_runs(source_pages, target_pages)
-        size = source.page_bytes
+        regions = self._peers[peer].regions
+        part = check_write(peer, region, self._regions, regions, source_pages, target_pages, part)
+        source, target = self._regions[region], regions[region]
+        runs = plan_segments(source_pages, target_pages, part, source.page_bytes, target.page_bytes)
         copies = collections.deque(
-            (
-                target.address + int(target_pages[start]) * size,
-                source.address + int(source_pages[start]) * size,
-                (end - start) * size,
+            zip(
+                (runs.target_offsets + target.address).tolist(),
+                (runs.source_offsets + source.address).tolist(),
+                runs.lengths.tolist(),
+                strict=True,
             )
-            for start, end in runs
         )
         self._last_id += 1
         write = _Write(
             peer,
             copies,
-            len(source_pages) * size,
+            len(source_pages) * part.page_bytes,
             len(runs),
             time.perf_counter(),
             self.delay_polls,
@@ -129,6 +134,12 @@ class LoopbackTransport(Transport):
             self.fail_next -= 1
             write.error = "injected fault"
         return self._last_id
+
+    def cancel(self, write_id: int) -> None:
+        write = self._writes.get(write_id)
+        if write is not None:
+            write.error = write.error or "cancelled"
+            write.polls_left = 0
 
     def poll(self) -> list[WriteResult]:
         results = []

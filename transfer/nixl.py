@@ -2,8 +2,8 @@
 
 NIXL's progress thread stays off, for it spins. So whoever calls `poll` drives progress, and the
 target must do so too: at least while a peer's first write sets up the connection, and always where
-UCX uses TCP. Descriptor lists are prepared once per peer and region; a write then picks pages by
-number, and NIXL merges neighbours.
+UCX uses TCP. Descriptor lists are prepared once per peer, region and part of a page; a write then
+picks pages by number, and NIXL merges neighbours.
 
 An error of one write breaks the connection: the endpoint is torn down, which is what makes sure
 that no byte follows, all writes in flight to that peer end with the error, and `write` raises
@@ -31,14 +31,16 @@ import numpy.typing as npt
 from transfer.endpoint import (
     DESCRIPTION_VERSION,
     Description,
-    adjacent_runs,
-    check_pages,
+    check_write,
     decode_description,
     encode_description,
 )
+from transfer.segments import plan_segments
 from transfer.transport import (
+    Capabilities,
     ConfigurationError,
     Int32Array,
+    PagePart,
     PeerError,
     Region,
     Transport,
@@ -72,14 +74,16 @@ class _Peer:
     name: str
     end: Description
     agent: str
-    targets: list[Any]
-    """Prepared descriptor lists, by region."""
+    lists: dict[tuple[int, PagePart], tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    """(region, part) -> prepared descriptors of all source and of all target pages."""
     writes: dict[int, _Write] = dataclasses.field(default_factory=dict)
     error: str = ""
     """Why it is being torn down."""
 
 
 class NixlTransport(Transport):
+    capabilities = Capabilities(device=True, remote=True, passive_target=False)
+
     def __init__(self, name: str, options: dict[str, str]) -> None:
         self._name = f"{name}.{uuid.uuid4().hex}"
         try:
@@ -90,7 +94,9 @@ class NixlTransport(Transport):
             raise ConfigurationError(f"NIXL's UCX plug-in does not start: {error}") from error
         self._regions: list[Region] = []
         self._registered: list[Any] = []
-        self._sources: list[Any] = []
+        self._sources: dict[tuple[int, int, int, int, int], Any] = {}
+        """(region, offset, length, count, stride) -> prepared descriptors of all our pages; peers
+        share them."""
         self._peers: dict[str, _Peer] = {}
         self._leaving: list[_Peer] = []
         self._results: list[WriteResult] = []
@@ -104,12 +110,10 @@ class NixlTransport(Transport):
             for region in regions:
                 size = region.num_pages * region.page_bytes
                 row = (region.address, size, region.device or 0, "")
-                self._registered.append(self._agent.register_memory([row], _memory_type(region)))
-                self._sources.append(
-                    self._agent.prep_xfer_dlist(
-                        "NIXL_INIT_AGENT", _pages(region), _memory_type(region)
+                if size:
+                    self._registered.append(
+                        self._agent.register_memory([row], _memory_type(region))
                     )
-                )
         except _NIXL_ERRORS as error:
             raise ConfigurationError(f"NIXL cannot register {regions}: {error}") from error
 
@@ -136,50 +140,54 @@ class NixlTransport(Transport):
             agent = self._agent.add_remote_agent(end.metadata).decode()
         except _NIXL_ERRORS as error:
             raise PeerError(f"NIXL cannot use the description of {peer}: {error}") from error
-        try:
-            targets = [
-                self._agent.prep_xfer_dlist(agent, _pages(region), _memory_type(region))
-                for region in end.regions
-            ]
-        except _NIXL_ERRORS as error:
-            self._agent.remove_remote_agent(agent)
-            raise PeerError(f"NIXL cannot reach the regions of {peer}: {error}") from error
-        self._peers[peer] = _Peer(peer, end, agent, targets)
+        self._peers[peer] = _Peer(peer, end, agent)
 
     def disconnect(self, peer: str) -> None:
         if peer in self._peers:
             self._break(self._peers[peer], f"{peer} was disconnected")
 
     def write(
-        self, peer: str, region: int, source_pages: Int32Array, target_pages: Int32Array
+        self,
+        peer: str,
+        region: int,
+        source_pages: Int32Array,
+        target_pages: Int32Array,
+        part: PagePart | None = None,
     ) -> int:
         target = self._peers.get(peer)
         if target is None:
             raise PeerError(f"{peer} is not connected")
-        if len(source_pages) != len(target_pages):
-            raise ValueError(f"{len(source_pages)} source and {len(target_pages)} target pages")
-        check_pages(source_pages, self._regions[region], f"our region {region}")
-        check_pages(target_pages, target.end.regions[region], f"region {region} of {peer}")
-
+        part = check_write(
+            peer, region, self._regions, target.end.regions, source_pages, target_pages, part
+        )
         self._last_id += 1
         started = time.perf_counter()
         if not len(source_pages):
             self._results.append(WriteResult(self._last_id, None, 0, 0, 0.0))
             return self._last_id
+        source_region, target_region = self._regions[region], target.end.regions[region]
+        runs = plan_segments(
+            source_pages,
+            target_pages,
+            part,
+            source_region.page_bytes,
+            target_region.page_bytes,
+        )
         write = _Write(
             handle=None,
-            bytes_moved=len(source_pages) * self._regions[region].page_bytes,
-            descriptors=len(adjacent_runs(source_pages, target_pages)),
+            bytes_moved=len(source_pages) * part.page_bytes,
+            descriptors=len(runs),
             started=started,
         )
         target.writes[self._last_id] = write
         try:
+            sources, targets = self._prepare(target, region, part)
             write.handle = self._agent.make_prepped_xfer(
                 "WRITE",
-                self._sources[region],
-                np.ascontiguousarray(source_pages, dtype=np.int32),
-                target.targets[region],
-                np.ascontiguousarray(target_pages, dtype=np.int32),
+                sources,
+                _descriptor_numbers(source_pages, part.count),
+                targets,
+                _descriptor_numbers(target_pages, part.count),
             )
             state = self._agent.transfer(write.handle)
         except _NIXL_ERRORS as error:
@@ -187,6 +195,9 @@ class NixlTransport(Transport):
         else:
             self._settle(target, self._last_id, state)
         return self._last_id
+
+    def cancel(self, write_id: int) -> None:
+        """NIXL gives up a write only by tearing down the connection, which hurts others."""
 
     def poll(self) -> list[WriteResult]:
         # A peer's death may be reported here as well; its writes' own states tell.
@@ -210,7 +221,7 @@ class NixlTransport(Transport):
             return
         for peer in list(self._peers.values()):
             self._break(peer, "closed")
-        for dlist in self._sources:
+        for dlist in self._sources.values():
             with contextlib.suppress(*_NIXL_ERRORS):
                 dlist.release()
         for registered in self._registered:
@@ -222,6 +233,25 @@ class NixlTransport(Transport):
         self._registered.clear()
         # The agent must go while the interpreter still runs; at exit it can crash.
         self._agent = None
+
+    def _prepare(self, peer: _Peer, region: int, part: PagePart) -> tuple[Any, Any]:
+        """Descriptors of `part` of every page, on both sides; made at its first use."""
+        found = peer.lists.get((region, part))
+        if found is not None:
+            return found
+        key = (region, part.source_offset, part.length, part.count, part.source_stride)
+        ours, theirs = self._regions[region], peer.end.regions[region]
+        if key not in self._sources:
+            rows = _descriptors(
+                ours, part.source_offset, part.length, part.count, part.source_stride
+            )
+            self._sources[key] = self._agent.prep_xfer_dlist(
+                "NIXL_INIT_AGENT", rows, _memory_type(ours)
+            )
+        rows = _descriptors(theirs, part.target_offset, part.length, part.count, part.target_stride)
+        targets = self._agent.prep_xfer_dlist(peer.agent, rows, _memory_type(theirs))
+        peer.lists[region, part] = self._sources[key], targets
+        return peer.lists[region, part]
 
     def _settle(self, peer: _Peer, write_id: int, state: str) -> None:
         if state == "ERR":
@@ -248,9 +278,10 @@ class NixlTransport(Transport):
                     if write.handle is not None:
                         write.handle.release()
                         write.handle = None
-                while peer.targets:
-                    peer.targets[-1].release()
-                    peer.targets.pop()
+                while peer.lists:
+                    key, (_, targets) = next(iter(peer.lists.items()))
+                    targets.release()
+                    del peer.lists[key]
                 self._agent.remove_remote_agent(peer.agent)
             except _NIXL_ERRORS:
                 continue  # a write cannot be given up yet: the next poll tries again
@@ -266,12 +297,20 @@ def _memory_type(region: Region) -> str:
     return "DRAM" if region.device is None else "VRAM"
 
 
-def _pages(region: Region) -> npt.NDArray[np.uint64]:
-    """(address, bytes, device) of each page."""
-    rows = np.empty((region.num_pages, 3), dtype=np.uint64)
-    rows[:, 0] = region.address + np.arange(region.num_pages, dtype=np.uint64) * np.uint64(
-        region.page_bytes
-    )
-    rows[:, 1] = region.page_bytes
+def _descriptors(
+    region: Region, offset: int, length: int, count: int, stride: int
+) -> npt.NDArray[np.uint64]:
+    """(address, bytes, device) of each run of each page."""
+    pages = np.arange(region.num_pages, dtype=np.uint64)[:, None] * np.uint64(region.page_bytes)
+    runs = np.arange(count, dtype=np.uint64) * np.uint64(stride)
+    rows = np.empty((region.num_pages * count, 3), dtype=np.uint64)
+    rows[:, 0] = (pages + runs).ravel() + np.uint64(region.address + offset)
+    rows[:, 1] = length
     rows[:, 2] = region.device or 0
     return rows
+
+
+def _descriptor_numbers(pages: Int32Array, count: int) -> Int32Array:
+    """Of the runs of `pages`, in lists made by `_descriptors`."""
+    runs = np.arange(count, dtype=np.int32)
+    return (pages.astype(np.int32)[:, None] * np.int32(count) + runs).ravel()

@@ -1,11 +1,11 @@
 """The transport interface: bytes between registered regions, nothing else.
 
 A transport knows no request, no model and no cache. A process registers its page pools as regions;
-its description goes to peers, which connect and then write whole pages into them, one-sidedly. One
-thread owns a transport: no method is called from two threads. A write is over when `poll` has
-returned its result, and only then may its source or target pages be reused; there is no way to take
-a posted write back, so `cancel` does not exist: who wants out waits for the result. Some backends
-need the target to call `poll` as well.
+its description goes to peers, which connect and then write pages, or the same part of many pages,
+into them, one-sidedly. One thread owns a transport: no method is called from two threads. A write
+is over when `poll` has returned its result, and only then may its source or target pages be reused;
+`cancel` asks for an early end, but the result is still to be waited for. Some backends need the
+target to call `poll` as well (`Capabilities.passive_target`).
 
 Errors are `TransportError`, with the backend's own as the cause.
 """
@@ -52,6 +52,51 @@ class Region:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PagePart:
+    """Which bytes of a source page go where in a target page: `count` runs of `length` bytes, run k
+    from `source_offset + k * source_stride` to `target_offset + k * target_stride`."""
+
+    source_offset: int
+    target_offset: int
+    length: int
+    count: int = 1
+    source_stride: int = 0
+    target_stride: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that move per page."""
+        return self.length * self.count
+
+    @property
+    def source_end(self) -> int:
+        return self.source_offset + (self.count - 1) * self.source_stride + self.length
+
+    @property
+    def target_end(self) -> int:
+        return self.target_offset + (self.count - 1) * self.target_stride + self.length
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do, where that differs."""
+
+    host: bool = True
+    """It moves host memory."""
+    device: bool = False
+    """It moves GPU memory."""
+    remote: bool = False
+    """It reaches other hosts."""
+    ordered: bool = False
+    """Writes to one peer land in the order in which they were posted."""
+    passive_target: bool = True
+    """The target need not call `poll` for a write to end."""
+    write_bytes: int = 16 << 20
+    """A write should not have much more, so that others get their turn; nor much less, if there is
+    more to write, so that the link is full."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WriteResult:
     write_id: int
     error: str | None
@@ -66,6 +111,8 @@ class WriteResult:
 class Transport(abc.ABC):
     """One process's end. Regions are numbered in the order given; peers number theirs alike."""
 
+    capabilities: Capabilities
+
     @abc.abstractmethod
     def register(self, regions: list[Region]) -> None:
         """Make `regions` readable and writable by transfers, once, before `describe`."""
@@ -76,8 +123,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def connect(self, peer: str, description: bytes) -> None:
-        """Prepare writing to `peer`. Raises PeerError when regions differ in number or page
-        size."""
+        """Prepare writing to `peer`. Raises PeerError when its description does not fit."""
 
     @abc.abstractmethod
     def disconnect(self, peer: str) -> None:
@@ -85,14 +131,25 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def write(
-        self, peer: str, region: int, source_pages: Int32Array, target_pages: Int32Array
+        self,
+        peer: str,
+        region: int,
+        source_pages: Int32Array,
+        target_pages: Int32Array,
+        part: PagePart | None = None,
     ) -> int:
         """Post source_pages[i] of our region -> target_pages[i] of the peer's; returns the write's
-        id.
+        id. `part` None: whole pages, which must then have one size on both sides.
 
         Returns quickly or copies inline, as the backend does. Raises PeerError when `peer` is not
-        connected, IndexError when a page is out of range.
+        connected, IndexError when a page is out of range, ValueError when the arrays differ in
+        length or `part` does not lie within both pages.
         """
+
+    @abc.abstractmethod
+    def cancel(self, write_id: int) -> None:
+        """The result is no longer wanted: the write may end early, with an error. Unknown ids are
+        ignored."""
 
     @abc.abstractmethod
     def poll(self) -> list[WriteResult]:
