@@ -91,6 +91,8 @@ class Capabilities:
     """Writes to one peer land in the order in which they were posted."""
     passive_target: bool = True
     """The target need not call `poll` for a write to end."""
+    poll_s: float = 0.0005
+    """How often to poll while writes are in flight."""
     write_bytes: int = 16 << 20
     """A write should not have much more, so that others get their turn; nor much less, if there is
     more to write, so that the link is full."""
