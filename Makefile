@@ -25,13 +25,14 @@ help:
 	@echo "make clean    remove .venv, caches and build output"
 
 # torch comes first and by its exact version, so that the resolver has no other build to choose.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt scripts/system-packages
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; try PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH)"
 	@$(PIP) "$(TORCH)"
 	@echo "installing PageRelay and what it needs (a few minutes the first time)"
-	@$(PIP) -c constraints.txt -e ".[demo,test,lint,bench]"
+	@$(PIP) -c constraints.txt -e ".[demo,test,lint,bench,mooncake]"
+	@scripts/system-packages
 	@touch $@
 
 demo: $(INSTALLED)

@@ -28,10 +28,11 @@ _BUILTIN = {
     "mooncake": _Builtin(
         "transfer.mooncake",
         "MooncakeTransport",
-        "pip install 'pagerelay[mooncake]', and the system's libibverbs1, librdmacm1 and libnuma1",
+        "pip install 'pagerelay[mooncake]', and libibverbs1, libnuma1 and libcurl4: "
+        "scripts/system-packages",
     ),
     "shm": _Builtin("transfer.shm", "ShmTransport", ""),
-    "ipc": _Builtin("transfer.ipc", "IpcTransport", "an NVIDIA GPU, and pip install triton"),
+    "ipc": _Builtin("transfer.ipc", "IpcTransport", "an NVIDIA driver"),
     "loopback": _Builtin("transfer.loopback", "LoopbackTransport", ""),
 }
 BACKENDS = tuple(_BUILTIN)

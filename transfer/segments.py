@@ -25,6 +25,15 @@ class Segments:
         return len(self.lengths)
 
 
+def run_offsets(
+    pages: Int32Array, page_bytes: int, offset: int, count: int, stride: int
+) -> Int64Array:
+    """From the pool's start, of each of the `count` runs of each page."""
+    runs = np.arange(count, dtype=np.int64) * stride + offset
+    offsets: Int64Array = (pages.astype(np.int64)[:, None] * page_bytes + runs).ravel()
+    return offsets
+
+
 def plan_segments(
     source_pages: Int32Array,
     target_pages: Int32Array,
@@ -33,15 +42,12 @@ def plan_segments(
     target_page_bytes: int,
 ) -> Segments:
     """The runs that a write of `part` of these pages consists of."""
-    runs = np.arange(part.count, dtype=np.int64)
-    source = (
-        source_pages.astype(np.int64)[:, None] * source_page_bytes
-        + (part.source_offset + runs * part.source_stride)
-    ).ravel()
-    target = (
-        target_pages.astype(np.int64)[:, None] * target_page_bytes
-        + (part.target_offset + runs * part.target_stride)
-    ).ravel()
+    source = run_offsets(
+        source_pages, source_page_bytes, part.source_offset, part.count, part.source_stride
+    )
+    target = run_offsets(
+        target_pages, target_page_bytes, part.target_offset, part.count, part.target_stride
+    )
     if not len(source):
         return Segments(source, target, source.copy())
     joined = (np.diff(source) == part.length) & (np.diff(target) == part.length)

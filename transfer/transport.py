@@ -129,7 +129,13 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def disconnect(self, peer: str) -> None:
-        """Forget `peer`; its writes in flight end with an error. Unknown peers are ignored."""
+        """Forget `peer`, which has ended or will be connected no more; writes to it end with an
+        error, and what it wrote here without our help lands no more. Unknown peers are ignored."""
+
+    def reset(self, peer: str) -> None:
+        """Break the connection to a peer that may live on; writes to it end with an error once no
+        byte of them can follow. `connect` makes a new one."""
+        self.disconnect(peer)
 
     @abc.abstractmethod
     def write(
