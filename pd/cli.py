@@ -382,8 +382,9 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Load any OpenAI-compatible server: TTFT, TPOT, ITL, end-to-end, throughput."""
+    from pd.bench.errors import BenchError
     from pd.bench.report import plot_report, print_report
-    from pd.bench.serve import BenchError, BenchOptions, parse_lengths, run_bench
+    from pd.bench.serve import BenchOptions, parse_lengths, run_bench
 
     try:
         if rate is not None and rate <= 0:
@@ -442,7 +443,7 @@ def bench_serve(
 
 
 def _parse_concurrency(text: str) -> tuple[int, ...]:
-    from pd.bench.serve import BenchError
+    from pd.bench.errors import BenchError
 
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -454,7 +455,7 @@ def _parse_concurrency(text: str) -> tuple[int, ...]:
 
 
 def _parse_extra(text: str) -> dict[str, Any]:
-    from pd.bench.serve import BenchError
+    from pd.bench.errors import BenchError
 
     try:
         extra = json.loads(text)
@@ -463,6 +464,112 @@ def _parse_extra(text: str) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise BenchError(f"--extra-body: found {text!r}, expected a JSON object")
     return extra
+
+
+@bench.command("transfer")
+def bench_transfer(
+    backend: Annotated[
+        list[str], typer.Option(help="nixl, shm, mooncake or ipc; may be given again.")
+    ] = ["nixl"],  # noqa: B006
+    pair: Annotated[
+        list[str], typer.Option(help="Source and target, as tp2pp2:cp4; may be given again.")
+    ] = ["tp1:tp1", "tp8:tp4"],  # noqa: B006
+    page_tokens: Annotated[
+        list[int], typer.Option(min=1, help="Tokens in a page; may be given again.")
+    ] = [64, 16],  # noqa: B006
+    tokens: Annotated[
+        list[int],
+        typer.Option(
+            min=1, help="Of a handover; may be given again. Default: 1,024, and all that fit."
+        ),
+    ] = [],  # noqa: B006
+    size: Annotated[
+        str, typer.Option("--bytes", help="Of the pages in all pools of a side.")
+    ] = "1GiB",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    layers: Annotated[int, typer.Option(min=1)] = 36,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(min=1)] = 128,
+    latent: Annotated[bool, typer.Option("--latent", help="MLA: one head, one plane.")] = False,
+    option: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE", help="Of the backend; may be given again.")
+    ] = [],  # noqa: B006
+    seed: int = 0,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rates.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write transfer.json and transfer.txt.")
+    ] = None,
+) -> None:
+    """Move pages between two processes: rate, time and pieces, beside the machine's own copy."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pd.bench.errors import BenchError
+    from pd.bench.transfer import TransferOptions, plan_cases, run_transfer_bench
+    from pd.bench.transfer_report import WIDTH, plot_transfer_report, print_transfer_report
+    from pd.spec import parse_bytes
+
+    try:
+        if device not in ("cpu", "cuda"):
+            raise BenchError(f"--device: found {device!r}, expected cpu or cuda")
+        try:
+            pool_bytes = parse_bytes(size)
+        except ValueError as error:
+            raise BenchError(f"--bytes: found {size!r}, {error}") from error
+        options = TransferOptions(
+            backends=tuple(backend),
+            pairs=tuple(pair),
+            page_tokens=tuple(page_tokens),
+            tokens=tuple(tokens),
+            pool_bytes=pool_bytes,
+            device="cuda" if device == "cuda" else "cpu",
+            repeats=repeats,
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            latent=latent,
+            options=tuple(option),
+            seed=seed,
+        )
+        plan_cases(options)
+    except BenchError as error:
+        raise _Failure(str(error), 2) from error
+
+    bar = _console(stderr=True)
+    quiet = not bar.is_terminal
+    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
+        task = progress.add_task("starting", total=None)
+        rows = -1
+
+        def on_row(title: str, total: int) -> None:
+            nonlocal rows
+            rows += 1
+            progress.update(task, description=title, total=total, completed=rows)
+
+        try:
+            report = run_transfer_bench(options, on_row)
+        except BenchError as error:
+            raise _Failure(str(error)) from error
+    text = json.dumps(report.to_json(), indent=2) + "\n"
+    if as_json:
+        print(text, end="")
+    else:
+        width = max(WIDTH, _console().width)
+        print_transfer_report(report, Console(width=width, soft_wrap=True))
+    try:
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "transfer.json").write_text(text)
+            with (out / "transfer.txt").open("w") as file:
+                print_transfer_report(report, Console(file=file, width=WIDTH))
+        if plot:
+            plot_transfer_report(report, plot)
+    except (OSError, BenchError) as error:
+        raise _Failure(str(error)) from error
+    if report.interrupted:
+        raise typer.Exit(130)
 
 
 @app.command()

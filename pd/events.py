@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
+
 from pd.engine.batch import StepCommand, StepResult
 from pd.messages import AnyMessage, Int32Array
+from pd.spec import Role
+from transfer.topology import Topology
+from transfer.transport import PagePart
 
 # ------------------------------------------------------------------------------------------- events
 
@@ -23,7 +29,7 @@ class StepDone:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Written:
-    """A write's end; `error` None means that every byte has landed."""
+    """A write's end: no byte of it follows. `error` None means that every byte has landed."""
 
     write_id: int
     error: str | None
@@ -33,8 +39,19 @@ class Written:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Digested:
+    """Answer to `Digest`: one number per page."""
+
+    digest_id: int
+    digests: npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PeerUp:
     name: str
+    role: Role | None = None
+    """None: an API process."""
+    topology: Topology = Topology()  # noqa: RUF009 (frozen)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +67,7 @@ class Tick:
     """Time has passed; sent several times a second."""
 
 
-Event = Received | StepDone | Written | PeerUp | PeerDown | Tick
+Event = Received | StepDone | Written | Digested | PeerUp | PeerDown | Tick
 
 # ------------------------------------------------------------------------------------------ effects
 
@@ -68,13 +85,50 @@ class RunStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Write:
-    """Write pages of one layer group to `peer`; answered by `Written`."""
+    """Write pages of one layer group, or the same part of each, from one of our ranks to one of
+    `peer`'s; answered by `Written`."""
 
     write_id: int
     peer: str
     group: int
     source_pages: Int32Array
     target_pages: Int32Array
+    part: PagePart | None
+    """None: whole pages."""
+    handover: int
+    """Tells handovers apart, so that they can take turns."""
+    source_rank: int
+    target_rank: int
 
 
-Effect = Send | RunStep | Write
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelWrite:
+    """It need not land any more; its `Written` still comes, perhaps sooner."""
+
+    write_id: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BreakLink:
+    """Writes to `peer` have no end: disconnect it, which ends them, and connect it again."""
+
+    peer: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Digest:
+    """Compute one number per page of a layer group from its bytes; answered by `Digested`."""
+
+    digest_id: int
+    group: int
+    pages: Int32Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Warn:
+    """A line for the log."""
+
+    text: str
+
+
+Effect = Send | RunStep | Write | CancelWrite | BreakLink | Digest | Warn

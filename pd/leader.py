@@ -3,27 +3,32 @@ out.
 
 A leader serves both sides. For the API processes it generates: `Generate` -> tokens. If another
 replica prefills, it matches its own prefix, reserves pages, sends `Reserve`, and lets the request
-join its batch when `PrefillDone` and `PagesWritten` have come. For other leaders it prefills:
-`Reserve` -> chunks, each followed by writes of the pages completed, then `PrefillDone` and
-`PagesWritten`.
+join its batch when the first token and all pages have come (pd/receiving.py). For other leaders it
+prefills (pd/sending.py).
+
+A handover that ends early does not end its request: full pages that have landed are published in
+the index, and the request starts again, where the next prefix match finds them, with another
+prefill replica, or in this one's own batch after `_MAX_HANDOVERS` or when none is left to ask. A
+token that the client has is not delivered again.
 
 Every request ends in exactly one final `Output`, or silently when its API process is gone. Pages
-that a peer may still write to, and pages that a write still reads, are kept until the writer has
-said that it is done, or is known to be dead (`PeerDown`); a deadline ends the request, never the
-quarantine.
+that a peer may still write to outlive their request, in quarantine, until the writer has said that
+it is done, or is known to be dead (`PeerDown`); a deadline ends the request, never the quarantine.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections import deque
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from hicache.index import PageIndex
 from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
 from pd.events import (
+    Digested,
     Effect,
     Event,
     PeerDown,
@@ -33,19 +38,17 @@ from pd.events import (
     Send,
     StepDone,
     Tick,
-    Write,
     Written,
 )
 from pd.messages import (
     Abort,
     AnyMessage,
+    Ask,
     Cancel,
     FinishReason,
     Generate,
-    GroupPages,
     HandoverClosed,
     Heartbeat,
-    Int32Array,
     Output,
     Outputs,
     PagesWritten,
@@ -53,64 +56,45 @@ from pd.messages import (
     ReplicaLoad,
     RequestStats,
     Reserve,
+    Settled,
+    SettledHeard,
     TokenLogprob,
-    pack_ints,
+    Unknown,
     split_hashes,
     unpack_ints,
 )
-from transfer.handover import ReceiverHandover, ReceiverState, SenderHandover
-from transfer.layout import LayerGroup
+from pd.receiving import Receiving
+from pd.sending import Sending
+from pd.spec import Role
+from transfer.layout import PageLayout
+from transfer.topology import Topology
 
 # -------------------------------------------------------------------------------------------- state
 
-_CANCEL_AGAIN_S = 1.0
-"""A Cancel is repeated until it is answered: either message may be lost."""
-_COUNTERS = (
-    *("steps", "prefill_tokens", "decode_tokens", "finished", "aborted", "failed"),
-    *("kv_bytes", "kv_pages", "kv_descriptors"),
-)
+_MAX_HANDOVERS = 3
+"""Of one request; then it is prefilled here."""
+_COUNTERS = ("steps", "decode_tokens", "aborted", "failed")
 """Fields of ReplicaLoad that only grow."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Generation:
-    """A request of an API process. With `receiver`, its pages may be written to by `prefill`."""
+    """A request of an API process."""
 
     request_id: str
     api: str
     sequence: Tracked
     deadline: float
     stats: RequestStats
-    prefill: str = ""
-    receiver: ReceiverHandover | None = None
-    finished: bool = False
-    """The last output is out; it stays only while its pages are in quarantine."""
+    prefill: str
+    """The replica that prefills, or is to; empty: this one."""
+    handovers: int = 0
+    """Started so far."""
+    mismatches: int = 0
+    """Of them, those with pages that differed from their source."""
+    tried: set[str] = dataclasses.field(default_factory=set)
+    """Prefill replicas that are not asked again."""
     first_token_at: float = 0.0
-    cancel_again_at: float = 0.0
-
-    @property
-    def stage(self) -> str:
-        if self.receiver is not None:
-            return f"the handover from {self.prefill}"
-        if self.sequence.admitted_at < 0:
-            return "the queue"
-        return "decoding" if self.sequence.num_output else "prefill"
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Prefill:
-    """A prompt prefilled for a decode leader."""
-
-    request_id: str
-    attempt: int
-    peer: str
-    sequence: Tracked
-    sender: SenderHandover
-    deadline: float
-    done: bool = False
-    """The first token is out."""
-    closing: str = ""
-    """Why it ended early; it stays while writes are in flight."""
 
 
 class Leader:
@@ -118,47 +102,77 @@ class Leader:
         self,
         name: str,
         index: PageIndex,
-        groups: Sequence[LayerGroup],
-        page_tokens: int,
+        layouts: Sequence[PageLayout],
         max_batch_tokens: int,
         max_running: int,
         local_prefill_tokens: int,
+        topology: Topology = Topology(),  # noqa: B008 (frozen)
+        handover_timeout_s: float = 30.0,
+        verify: bool = False,
     ) -> None:
         self.name = name
         self.index = index
+        groups = tuple(layout.group for layout in layouts)
+        page_tokens = layouts[0].page_tokens
         self.scheduler = Scheduler(index, groups, page_tokens, max_batch_tokens, max_running)
         self._groups = groups
         self._page_tokens = page_tokens
         self._local_prefill_tokens = local_prefill_tokens
-        self._peers: set[str] = set()
+        self._peers: dict[str, Role | None] = {}
         self._generations: dict[str, _Generation] = {}
-        self._prefills: dict[tuple[str, str, int], _Prefill] = {}
-        self._by_sequence: dict[Tracked, _Generation | _Prefill] = {}
-        self._reserving: deque[_Generation] = deque()
+        self._by_sequence: dict[Tracked, _Generation] = {}
+        self._reserving: list[_Generation] = []
         """Waiting for pages to reserve, in order of arrival."""
-        self._writes: dict[int, tuple[_Prefill, int, Int32Array]] = {}
-        self._next_write = 0
         self._outputs: dict[str, list[Output]] = {}
         self._effects: list[Effect] = []
         self._counts = dict.fromkeys(_COUNTERS, 0)
-        self._kv_seconds = 0.0
+        self._finished = self._prefill_tokens = 0
+        numbers = itertools.count(1)
+        self._receiving = Receiving(
+            self,
+            self.scheduler,
+            index,
+            groups,
+            page_tokens,
+            handover_timeout_s,
+            verify,
+            numbers,
+            self._send,
+            self._emit,
+        )
+        self._sending = Sending(
+            self.scheduler,
+            index,
+            layouts,
+            topology,
+            handover_timeout_s,
+            numbers,
+            self._send,
+            self._emit,
+        )
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Apply one event. `now` is monotonic, in seconds. The effects are to be carried out in
-        order."""
+        order. What it raises puts pages in doubt: the process must end."""
         match event:
             case Received(sender, message):
-                self._receive(sender, message, now)
+                if sender in self._peers:
+                    self._receive(sender, message, now)
             case StepDone(result):
                 self._step_done(result, now)
             case Written():
-                self._written(event)
-            case PeerUp(name):
-                self._peers.add(name)
+                self._sending.written(event, now)
+            case Digested():
+                if not self._sending.digested(event):
+                    self._receiving.digested(event, now)
+            case PeerUp(name, role, topology):
+                self._peers[name] = role
+                self._receiving.peer_up(name)
+                self._sending.peer_up(name, topology)
             case PeerDown(name, reason):
                 self._peer_down(name, reason, now)
             case Tick():
-                self._expire(now)
+                self._tick(now)
             case _:
                 assert_never(event)
         self._reserve_waiting(now)
@@ -172,7 +186,7 @@ class Leader:
     @property
     def expects_writes(self) -> bool:
         """Whether a peer may be writing here: the transport must then be polled."""
-        return any(g.receiver is not None for g in self._generations.values())
+        return self._receiving.expects_writes
 
     def load(self) -> ReplicaLoad:
         index, groups = self.index, range(len(self._groups))
@@ -181,19 +195,29 @@ class Leader:
             *self.scheduler.waiting,
             *(g.sequence for g in self._reserving),
         ]
+        sending, receiving = self._sending, self._receiving
         return ReplicaLoad(
             waiting=len(waiting),
             running=len(self.scheduler.running),
-            handovers_in=sum(g.receiver is not None for g in self._generations.values()),
-            handovers_out=len(self._prefills),
+            handovers_in=len(receiving),
+            handovers_out=len(sending),
             waiting_tokens=sum(s.remaining for s in waiting)
             + sum(s.remaining for s in self.scheduler.running if s.remaining > 1),
             pages_free=tuple(index.num_free(g) for g in groups),
             pages_cached=tuple(index.num_cached(g) for g in groups),
             pages_used=tuple(index.num_used(g) for g in groups),
+            prefill_tokens=self._prefill_tokens + sending.prefill_tokens,
             cached_tokens=self.scheduler.cached_tokens,
             preemptions=self.scheduler.preemptions,
-            kv_seconds=self._kv_seconds,
+            kv_bytes=sending.kv_bytes,
+            kv_pages=sending.kv_pages,
+            kv_descriptors=sending.kv_descriptors,
+            kv_seconds=sending.kv_seconds,
+            finished=self._finished + sending.finished,
+            pages_quarantined=tuple(receiving.num_quarantined(g) for g in groups),
+            handovers_failed=receiving.num_failed,
+            handovers_overdue=receiving.num_overdue,
+            digest_mismatches=receiving.num_mismatches,
             **self._counts,
         )
 
@@ -208,15 +232,17 @@ class Leader:
                 if generation is not None and generation.api == sender:
                     self._finish(generation, now, "abort")
             case Reserve():
-                self._start_prefill(sender, message, now)
-            case Cancel(request_id, attempt):
-                self._cancelled(sender, request_id, attempt)
-            case PrefillDone():
-                self._prefill_done(sender, message, now)
-            case PagesWritten():
-                self._pages_written(sender, message, now)
-            case HandoverClosed():
-                self._handover_closed(sender, message, now)
+                self._sending.reserve(sender, message, self._track(message, now), now)
+            case Ask():
+                self._sending.ask(sender, message)
+            case Cancel():
+                self._sending.cancel(sender, message, now)
+            case Settled():
+                self._sending.settled(sender, message)
+            case PrefillDone() | PagesWritten() | HandoverClosed() | Unknown():
+                self._receiving.receive(sender, message, now)
+            case SettledHeard():
+                self._receiving.settled_heard(sender, message)
             case Outputs() | Heartbeat():
                 pass
             case _:
@@ -233,29 +259,44 @@ class Leader:
             api,
             sequence,
             now + message.timeout_s,
-            RequestStats(decode_replica=self.name, prefill_replica=message.prefill or self.name),
-            prefill=message.prefill,
+            RequestStats(decode_replica=self.name),
+            message.prefill,
         )
-        self._generations[message.request_id] = generation
-        self._by_sequence[sequence] = generation
-        if message.prefill and message.prefill not in self._peers:
-            self._finish(
-                generation, now, "error", f"prefill replica {message.prefill} is not connected"
-            )
-            return
-        cached = self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
-        uncached = sequence.length - cached * self._page_tokens
-        if not message.prefill or uncached <= self._local_prefill_tokens:
-            generation.prefill = ""
-            generation.stats.prefill_replica = self.name
-            self.scheduler.add(sequence)
-        else:
-            self._reserving.append(generation)
+        self._generations[message.request_id] = self._by_sequence[sequence] = generation
+        self._place(generation)
 
     def _track(self, message: Generate | Reserve, now: float) -> Tracked:
         hashes = split_hashes(message.page_hashes)
         prompt = unpack_ints(message.prompt)
         return Tracked(prompt, message.sampling, message.root, hashes, len(self._groups), now)
+
+    def _place(self, generation: _Generation) -> None:
+        """Queue it for a handover or, with little to compute or nobody to ask, for our own
+        batch."""
+        sequence = generation.sequence
+        cached = self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
+        uncached = sequence.length - cached * self._page_tokens
+        generation.prefill = self._choose_prefill(generation)
+        if uncached <= self._local_prefill_tokens:
+            generation.prefill = ""
+        generation.stats.prefill_replica = generation.prefill or self.name
+        if generation.prefill:
+            bisect.insort(self._reserving, generation, key=lambda g: g.sequence.arrived_at)
+        else:
+            self.scheduler.add(sequence)
+
+    def _choose_prefill(self, generation: _Generation) -> str:
+        """The one named if possible, else another connected one; empty: none."""
+        if not generation.prefill or generation.handovers >= _MAX_HANDOVERS:
+            return ""
+        others = {
+            name: self._receiving.num_open(name)
+            for name, role in self._peers.items()
+            if role == "prefill" and name not in generation.tried
+        }
+        if generation.prefill in others:
+            return generation.prefill
+        return min(others, key=lambda name: (others[name], name), default="")
 
     def _reserve_waiting(self, now: float) -> None:
         """Reserve pages in order of arrival, while they fit."""
@@ -274,87 +315,63 @@ class Leader:
                     self.scheduler.release_pages(sequence)
                     return
                 firsts = reserved
-            self._reserving.popleft()
-            sequence.admitted_at = now
+            del self._reserving[0]
+            self._start_handover(generation, firsts, now)
+
+    def _start_handover(self, generation: _Generation, firsts: list[int], now: float) -> None:
+        sequence = generation.sequence
+        sequence.admitted_at = now
+        if not generation.handovers:
             generation.stats.queue_s = now - sequence.arrived_at
             generation.stats.cached_tokens_decode = sequence.num_computed
-            self.scheduler.cached_tokens += sequence.num_computed
-            generation.receiver = ReceiverHandover()
-            targets = tuple(
-                GroupPages(first, pack_ints(table[first:]))
-                for first, table in zip(firsts, sequence.tables, strict=True)
-            )
-            prompt = sequence.buffer[: sequence.prompt_len]
-            self._send(
-                generation.prefill,
-                Reserve(
-                    generation.request_id,
-                    0,
-                    pack_ints(prompt),
-                    sequence.root,
-                    b"".join(sequence.hashes),
-                    sequence.params,
-                    targets,
-                    generation.deadline - now,
-                ),
-            )
+        generation.handovers += 1
+        self.scheduler.cached_tokens += sequence.num_computed
+        self._receiving.start(
+            generation.prefill,
+            generation.request_id,
+            sequence,
+            firsts,
+            generation.deadline,
+            now,
+            generation.mismatches > 0,
+        )
 
-    def _receiving(self, sender: str, request_id: str, attempt: int) -> _Generation | None:
-        generation = self._generations.get(request_id)
-        if generation is None or generation.receiver is None or attempt != 0:
-            return None
-        return generation if generation.prefill == sender else None
+    # --------------------------------------------------------------------- what handovers come to
 
-    def _prefill_done(self, sender: str, message: PrefillDone, now: float) -> None:
-        generation = self._receiving(sender, message.request_id, message.attempt)
-        if generation is None or generation.receiver is None:
-            return
-        if not generation.receiver.prefill_done():
-            return
+    def first_token(self, sequence: Tracked, message: PrefillDone, now: float) -> None:
+        if sequence.num_output:
+            return  # an earlier handover brought it, before it failed
+        generation = self._by_sequence[sequence]
         stats = generation.stats
         stats.queue_s += message.queue_s
         stats.prefill_s = message.prefill_s
         stats.cached_tokens_prefill = message.cached_tokens
         generation.first_token_at = now
-        generation.sequence.append(message.token)
+        sequence.append(message.token)
         self._deliver(generation, message.token, message.logprob, now)
-        self._settle(generation, now)
 
-    def _pages_written(self, sender: str, message: PagesWritten, now: float) -> None:
-        generation = self._receiving(sender, message.request_id, message.attempt)
-        if generation is None or generation.receiver is None:
-            return
-        if not generation.receiver.pages_written():
-            return
+    def landed(self, sequence: Tracked, complete: PagesWritten, now: float) -> None:
+        """On to the batch."""
+        generation = self._by_sequence[sequence]
         stats = generation.stats
-        stats.pages_moved, stats.bytes_moved = message.pages, message.bytes_moved
-        stats.descriptors, stats.transfer_s = message.descriptors, message.transfer_s
-        self._settle(generation, now)
+        stats.pages_moved, stats.bytes_moved = complete.pages, complete.bytes_moved
+        stats.descriptors, stats.transfer_s = complete.descriptors, complete.transfer_s
+        stats.transfer_exposed_s = now - generation.first_token_at
+        sequence.num_computed = sequence.prompt_len
+        self.scheduler.publish(sequence)
+        self.scheduler.add_landed(sequence)
 
-    def _handover_closed(self, sender: str, message: HandoverClosed, now: float) -> None:
-        generation = self._receiving(sender, message.request_id, message.attempt)
-        if generation is None or generation.receiver is None:
-            return
-        if generation.receiver.handover_closed(f"{sender} ended the handover: {message.reason}"):
-            self._settle(generation, now)
+    def failed(self, sequence: Tracked, peer: str, is_mismatch: bool) -> None:
+        """The request starts again; where its pages came and differed, once from the same
+        replica."""
+        generation = self._by_sequence[sequence]
+        if not is_mismatch or generation.mismatches:
+            generation.tried.add(peer)
+        generation.mismatches += is_mismatch
+        sequence.admitted_at = -1.0
+        self._place(generation)
 
-    def _settle(self, generation: _Generation, now: float) -> None:
-        """After an event of the handover: the request joins the batch, or its pages are free to
-        go."""
-        receiver = generation.receiver
-        if receiver is None or not receiver.may_reuse_targets:
-            return
-        generation.receiver = None
-        if generation.finished:
-            self._forget_generation(generation)
-        elif receiver.state is ReceiverState.LANDED:
-            generation.stats.transfer_exposed_s = now - generation.first_token_at
-            sequence = generation.sequence
-            sequence.num_computed = sequence.prompt_len
-            self.scheduler.publish(sequence)
-            self.scheduler.add_landed(sequence)
-        else:
-            self._finish(generation, now, "error", receiver.reason)
+    # ------------------------------------------------------------------------------ ending requests
 
     def _deliver(
         self, generation: _Generation, token: int, logprob: TokenLogprob | None, now: float
@@ -394,12 +411,11 @@ class Leader:
         token: int | None = None,
         logprob: TokenLogprob | None = None,
     ) -> None:
-        """Send the last output, once, and release what can be released."""
-        if generation.finished:
-            return
-        generation.finished = True
-        key = {"abort": "aborted", "error": "failed"}.get(reason, "finished")
-        self._counts[key] += 1
+        """Send the last output, and let go of what the request holds."""
+        if reason in ("abort", "error"):
+            self._counts["aborted" if reason == "abort" else "failed"] += 1
+        else:
+            self._finished += 1
         sequence, stats = generation.sequence, generation.stats
         stats.preemptions = sequence.preemptions
         self._output(
@@ -414,121 +430,16 @@ class Leader:
                 sequence.num_output - 1 if token is not None else 0,
             ),
         )
-        receiver = generation.receiver
-        if receiver is not None:
-            receiver.cancel(reason)
-            if not receiver.may_reuse_targets:
-                self._send(generation.prefill, Cancel(generation.request_id, 0))
-                generation.cancel_again_at = now + _CANCEL_AGAIN_S
-                return
-            generation.receiver = None
-        self._forget_generation(generation)
+        self._receiving.leave(sequence, reason, now)
+        if generation in self._reserving:
+            self._reserving.remove(generation)
+        del self._generations[generation.request_id]
+        del self._by_sequence[sequence]
+        self.scheduler.drop(sequence)
 
     def _output(self, generation: _Generation, output: Output) -> None:
         if generation.api in self._peers:
             self._outputs.setdefault(generation.api, []).append(output)
-
-    def _forget_generation(self, generation: _Generation) -> None:
-        """The request has ended and nobody writes to its pages."""
-        if generation in self._reserving:
-            self._reserving.remove(generation)
-        del self._generations[generation.request_id]
-        del self._by_sequence[generation.sequence]
-        self.scheduler.drop(generation.sequence)
-
-    # --------------------------------------------------------------------------- prefill for a peer
-
-    def _start_prefill(self, peer: str, message: Reserve, now: float) -> None:
-        key = (peer, message.request_id, message.attempt)
-        if key in self._prefills:
-            return
-        sequence = self._track(message, now)
-        sender = SenderHandover(
-            [(target.first_page, unpack_ints(target.pages)) for target in message.targets]
-        )
-        prefill = _Prefill(
-            message.request_id, message.attempt, peer, sequence, sender, now + message.timeout_s
-        )
-        self._prefills[key] = prefill
-        self._by_sequence[sequence] = prefill
-        self.scheduler.add(sequence)
-
-    def _cancelled(self, peer: str, request_id: str, attempt: int) -> None:
-        prefill = self._prefills.get((peer, request_id, attempt))
-        if prefill is not None:
-            self._end_prefill(prefill, "cancelled")
-        else:
-            # Done already, or lost on its way: a Cancel cannot overtake its Reserve.
-            self._send(peer, HandoverClosed(request_id, attempt, "unknown here"))
-
-    def _end_prefill(self, prefill: _Prefill, reason: str) -> None:
-        """Write no more; answer once the writes in flight have ended."""
-        prefill.closing = prefill.closing or reason
-        prefill.sender.cancel(reason)
-        if not self.scheduler.has_step_in_flight:
-            self.scheduler.retire(prefill.sequence)
-        self._close_prefill(prefill)
-
-    def _close_prefill(self, prefill: _Prefill) -> None:
-        """Let a prefill go that has nothing left to do and nothing in flight."""
-        if prefill.sender.outstanding:
-            return
-        key = (prefill.peer, prefill.request_id, prefill.attempt)
-        if prefill.closing:
-            self._send(
-                prefill.peer, HandoverClosed(prefill.request_id, prefill.attempt, prefill.closing)
-            )
-        elif prefill.done and prefill.sender.is_complete:
-            sender = prefill.sender
-            self._send(
-                prefill.peer,
-                PagesWritten(
-                    prefill.request_id,
-                    prefill.attempt,
-                    sender.num_pages,
-                    sender.bytes_moved,
-                    sender.descriptors,
-                    sender.transfer_s,
-                ),
-            )
-        else:
-            return
-        del self._prefills[key]
-        del self._by_sequence[prefill.sequence]
-        self.scheduler.drop(prefill.sequence)
-
-    def _write_ready_pages(self, prefill: _Prefill) -> None:
-        """Post the pages completed since the last call; the last, partial one with the prompt's
-        end."""
-        if prefill.closing:
-            return
-        sequence = prefill.sequence
-        ready = prefill.sender.take(
-            sequence.num_computed // self._page_tokens,
-            sequence.tables,
-            final=sequence.num_computed >= sequence.prompt_len,
-        )
-        for group, source, target in ready:
-            self._next_write += 1
-            self.index.retain(group, source.tolist())
-            self._writes[self._next_write] = (prefill, group, source)
-            prefill.sender.write_submitted(self._next_write)
-            self._effects.append(Write(self._next_write, prefill.peer, group, source, target))
-
-    def _written(self, event: Written) -> None:
-        prefill, group, source = self._writes.pop(event.write_id)
-        self.index.release(group, source.tolist())
-        self._counts["kv_bytes"] += event.bytes_moved
-        self._counts["kv_pages"] += len(source)
-        self._counts["kv_descriptors"] += event.descriptors
-        self._kv_seconds += event.seconds
-        prefill.sender.write_done(
-            event.write_id, event.error is None, event.bytes_moved, event.descriptors, event.seconds
-        )
-        if event.error is not None:
-            self._end_prefill(prefill, f"a write to {prefill.peer} failed: {event.error}")
-        else:
-            self._close_prefill(prefill)
 
     # ------------------------------------------------------------------------------------ the batch
 
@@ -537,51 +448,19 @@ class Leader:
         if command is None:
             return
         for start in command.starts:
-            self._started(start.row)
+            sequence = next(s for s in self.scheduler.running if s.row == start.row)
+            self._sending.started(sequence, now)
         self._effects.append(RunStep(command))
-
-    def _started(self, row: int) -> None:
-        """A sequence joined the batch: what its prefix brought can be sent while it computes."""
-        sequence = next(s for s in self.scheduler.running if s.row == row)
-        owner = self._by_sequence[sequence]
-        if isinstance(owner, _Prefill):
-            self._write_ready_pages(owner)
 
     def _step_done(self, result: StepResult, now: float) -> None:
         self._counts["steps"] += 1
         for progress in self.scheduler.commit(result):
-            owner = self._by_sequence[progress.sequence]
-            if isinstance(owner, _Prefill):
-                self._prefill_progress(owner, progress.token, progress.logprob, now)
-            elif progress.token is not None:
-                self._generation_progress(owner, progress.token, progress.logprob, now)
-
-    def _prefill_progress(
-        self, prefill: _Prefill, token: int | None, logprob: TokenLogprob | None, now: float
-    ) -> None:
-        if token is None:
-            self._write_ready_pages(prefill)
-            return
-        prefill.done = True
-        sequence = prefill.sequence
-        self._counts["prefill_tokens"] += sequence.prompt_len - sequence.cached_tokens
-        self._counts["finished"] += 1
-        self.scheduler.retire(sequence)
-        self._send(
-            prefill.peer,
-            PrefillDone(
-                prefill.request_id,
-                prefill.attempt,
-                token,
-                logprob,
-                sequence.cached_tokens,
-                sequence.admitted_at - sequence.arrived_at,
-                now - sequence.admitted_at,
-            ),
-        )
-        # After the first token, which the client waits for.
-        self._write_ready_pages(prefill)
-        self._close_prefill(prefill)
+            sequence, token, logprob = progress.sequence, progress.token, progress.logprob
+            generation = self._by_sequence.get(sequence)
+            if generation is None:
+                self._sending.progressed(sequence, token, logprob, now)
+            elif token is not None:
+                self._generation_progress(generation, token, logprob, now)
 
     def _generation_progress(
         self, generation: _Generation, token: int, logprob: TokenLogprob | None, now: float
@@ -591,7 +470,7 @@ class Leader:
             stats.queue_s = sequence.admitted_at - sequence.arrived_at
             stats.prefill_s = now - sequence.admitted_at
             stats.cached_tokens_decode = sequence.cached_tokens
-            self._counts["prefill_tokens"] += sequence.prompt_len - sequence.cached_tokens
+            self._prefill_tokens += sequence.prompt_len - sequence.cached_tokens
         else:
             self._counts["decode_tokens"] += 1
         self._deliver(generation, token, logprob, now)
@@ -599,61 +478,67 @@ class Leader:
     # -------------------------------------------------------------------------- peers and deadlines
 
     def _peer_down(self, name: str, reason: str, now: float) -> None:
-        self._peers.discard(name)
+        self._peers.pop(name, None)
         for generation in list(self._generations.values()):
             if generation.api == name:
                 self._finish(generation, now, "abort")
-            elif generation.prefill == name and generation.receiver is not None:
-                generation.receiver.peer_dead(f"prefill replica {name} is gone: {reason}")
-                self._settle(generation, now)
+        self._receiving.peer_down(name, reason, now)
         for generation in list(self._reserving):
             if generation.prefill == name:
-                self._finish(generation, now, "error", f"prefill replica {name} is gone: {reason}")
-        for prefill in list(self._prefills.values()):
-            if prefill.peer == name:
-                self._end_prefill(prefill, f"{name} is gone")
+                self._reserving.remove(generation)
+                self._place(generation)
+        self._sending.peer_down(name, now)
 
-    def _expire(self, now: float) -> None:
+    def _tick(self, now: float) -> None:
         for generation in list(self._generations.values()):
-            if generation.finished and now > generation.cancel_again_at:
-                generation.cancel_again_at = now + _CANCEL_AGAIN_S
-                self._send(generation.prefill, Cancel(generation.request_id, 0))
-            elif now > generation.deadline and not generation.finished:
-                self._finish(generation, now, "error", f"timed out in {generation.stage}")
-        for prefill in list(self._prefills.values()):
-            if now > prefill.deadline and not prefill.closing:
-                self._end_prefill(prefill, "timed out")
+            if now > generation.deadline:
+                self._finish(generation, now, "error", f"timed out in {self._stage(generation)}")
+        self._receiving.tick(now)
+        self._sending.tick(now)
+
+    def _stage(self, generation: _Generation) -> str:
+        if generation.sequence in self._receiving:
+            return f"the handover from {generation.prefill}"
+        if generation.sequence.admitted_at < 0:
+            return "the queue"
+        return "decoding" if generation.sequence.num_output else "prefill"
 
     def _send(self, to: str, message: AnyMessage) -> None:
         if to in self._peers:
             self._effects.append(Send(to, message))
 
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
     # ------------------------------------------------------------------------------------ integrity
 
     @property
     def is_idle(self) -> bool:
-        """No request, no write and no page referenced."""
+        """No request, no write, no page referenced, and no handover that a peer has not settled."""
         used = any(self.index.num_used(group) for group in range(len(self._groups)))
-        return not (self._generations or self._prefills or self._writes or used)
+        handovers = self._receiving.is_idle and self._sending.is_idle
+        return handovers and not self._generations and not used
+
+    def _held(self) -> Iterator[tuple[int, list[int]]]:
+        """(group, pages) of all references that this replica holds."""
+        for sequence in (*self._by_sequence, *self.scheduler.dropped):
+            yield from enumerate(sequence.tables)
+        yield from self._receiving.held()
+        yield from self._sending.held()
 
     def check_integrity(self) -> None:
-        """References match holders; queues and requests match. Raises AssertionError."""
+        """References match holders; queues, requests and handovers match. Raises
+        AssertionError."""
         self.index.check_integrity()
         holders: list[dict[int, int]] = [{} for _ in self._groups]
-        held = [
-            (group, table)
-            for sequence in (*self._by_sequence, *self.scheduler.dropped)
-            for group, table in enumerate(sequence.tables)
-        ]
-        held += [(group, source.tolist()) for _, group, source in self._writes.values()]
-        for group, slots in held:
+        for group, slots in self._held():
             for slot in slots:
                 if slot >= 0:
                     holders[group][slot] = holders[group].get(slot, 0) + 1
         for group, expected in enumerate(holders):
             found = self.index.references(group)
             assert found == expected, f"group {group}: references {found}, holders {expected}"
-        assert {*self._by_sequence.values()} == {
-            *self._generations.values(),
-            *self._prefills.values(),
-        }
+        assert {*self._by_sequence.values()} == {*self._generations.values()}
+        assert {*self._reserving} <= {*self._generations.values()}
+        self._receiving.check_integrity()
+        self._sending.check_integrity()

@@ -1,11 +1,15 @@
 """Every message between PageRelay processes, grouped by receiver.
 
-A message travels one way, as two ZMQ frames: a fixed header (`encode_header`: magic, protocol
-version, sender's name and incarnation) and a msgpack body. The version is checked before the body
-is decoded. Token ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
+A message travels one way, as two ZMQ frames: a fixed header (magic, protocol version, the sender's
+incarnation and the addressee's, the sender's name) and a msgpack body. The version is checked
+before the body is decoded; what is addressed to another incarnation is not for this process. Token
+ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
 digests laid end to end.
 
 Protocol versions:
+2  the header has the addressee's incarnation; handovers are named by a serial, and every message to
+   a sender carries the receiver's floor; Ask, Settled, SettledHeard, Unknown; PagesWritten is
+   cumulative.
 1  the first.
 """
 
@@ -18,9 +22,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _MAGIC = b"PRLY"
-_HEADER = struct.Struct("<4sHQ")
+_HEADER = struct.Struct("<4sHQQ")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Int32Array = npt.NDArray[np.int32]
@@ -123,6 +127,15 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     aborted: int = 0
     failed: int = 0
     dropped_messages: int = 0
+    pages_quarantined: tuple[int, ...] = ()
+    """By layer group, among `pages_used`: of no request any more, but a peer may still write to
+    them."""
+    handovers_failed: int = 0
+    """Received ones that ended early, whose requests went on elsewhere or locally."""
+    handovers_overdue: int = 0
+    """Whose pages were, or are, in quarantine for longer than `transfer.timeout`."""
+    digest_mismatches: int = 0
+    """Pages that differed from their source, with `transfer.verify`."""
 
 
 # ------------------------------------------------------------------------- to a leader, from an API
@@ -147,13 +160,17 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 # ----------------------------------------------------------------- to a prefill leader, from decode
+#
+# A handover's `serial` is its name between the two processes; `floor` is the lowest one that the
+# receiver has not settled (transfer/handover.py).
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
     """Pages are reserved on the sender: prefill this prompt and write its KV there."""
 
+    serial: int
+    floor: int
     request_id: str
-    attempt: int
     prompt: bytes
     root: bytes
     page_hashes: bytes
@@ -161,21 +178,36 @@ class Reserve(Message, frozen=True, tag="reserve"):
     targets: tuple[GroupPages, ...]
     """By layer group; pages before `first_page` are already there (or outside the last window)."""
     timeout_s: float
+    verify: bool = False
+    """Digests of the pages are wanted with the last `PagesWritten`."""
+
+
+class Ask(Message, frozen=True, tag="ask"):
+    """How does it stand? Answered by all that was said before, or by `Unknown`."""
+
+    serial: int
+    floor: int
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """Stop writing; answered by `HandoverClosed` once no write is in flight."""
+    """Stop writing; answered by the last word once no write is in flight."""
 
-    request_id: str
-    attempt: int
+    serial: int
+    floor: int
+
+
+class Settled(Message, frozen=True, tag="settled"):
+    """Forget everything below; answered by `SettledHeard`."""
+
+    floor: int
 
 
 # ----------------------------------------------------------------- to a decode leader, from prefill
 
 
 class PrefillDone(Message, frozen=True, tag="prefill_done"):
+    serial: int
     request_id: str
-    attempt: int
     token: int
     logprob: TokenLogprob | None
     cached_tokens: int
@@ -184,22 +216,36 @@ class PrefillDone(Message, frozen=True, tag="prefill_done"):
 
 
 class PagesWritten(Message, frozen=True, tag="pages_written"):
-    """All pages have landed, and the sender has forgotten the handover: no write is in flight."""
+    """By layer group, the first `landed` target pages have landed. `complete` is the last word: all
+    of them have, and no write is in flight."""
 
-    request_id: str
-    attempt: int
-    pages: int
-    bytes_moved: int
-    descriptors: int
-    transfer_s: float
+    serial: int
+    landed: tuple[int, ...]
+    complete: bool = False
+    pages: int = 0
+    bytes_moved: int = 0
+    descriptors: int = 0
+    transfer_s: float = 0.0
+    digests: tuple[bytes, ...] = ()
+    """With `complete`, if `Reserve` asked for them: a uint64 per page, by layer group."""
 
 
 class HandoverClosed(Message, frozen=True, tag="handover_closed"):
-    """The handover ended early; no write is in flight and none will follow."""
+    """The last word: the handover ended early; no write is in flight and none will follow."""
 
-    request_id: str
-    attempt: int
+    serial: int
+    landed: tuple[int, ...]
     reason: str
+
+
+class Unknown(Message, frozen=True, tag="unknown"):
+    """No `Reserve` with this serial has come."""
+
+    serial: int
+
+
+class SettledHeard(Message, frozen=True, tag="settled_heard"):
+    floor: int
 
 
 # ------------------------------------------------------------------------- to an API, from a leader
@@ -235,10 +281,14 @@ AnyMessage = (
     Generate
     | Abort
     | Reserve
+    | Ask
     | Cancel
+    | Settled
     | PrefillDone
     | PagesWritten
     | HandoverClosed
+    | Unknown
+    | SettledHeard
     | Outputs
     | Heartbeat
 )
@@ -252,23 +302,27 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
-def encode(message: AnyMessage, sender: str, incarnation: int) -> list[bytes]:
-    """Two frames: header and body. `incarnation` is the sender's, unsigned 64 bits."""
-    header = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, incarnation) + sender.encode()
+def encode(message: AnyMessage, sender: str, incarnation: int, addressee: int) -> list[bytes]:
+    """Two frames: header and body. The incarnations of sender and addressee are unsigned 64
+    bits."""
+    header = _HEADER.pack(_MAGIC, PROTOCOL_VERSION, incarnation, addressee) + sender.encode()
     return [header, _encoder.encode(message)]
 
 
-def decode(frames: list[bytes]) -> tuple[str, int, AnyMessage]:
-    """(sender, its incarnation, message). Raises ProtocolError."""
+def decode(frames: list[bytes], addressee: int) -> tuple[str, int, AnyMessage]:
+    """(sender, its incarnation, message). Raises ProtocolError, also when the message is for an
+    incarnation other than `addressee`."""
     if len(frames) != 2 or len(frames[0]) < _HEADER.size:
         raise ProtocolError(
             f"expected a header and a body, got frames of {[len(f) for f in frames]} bytes"
         )
-    magic, version, incarnation = _HEADER.unpack_from(frames[0])
+    magic, version, incarnation, to = _HEADER.unpack_from(frames[0])
     if magic != _MAGIC:
         raise ProtocolError(f"not a PageRelay message: it starts with {frames[0][:4]!r}")
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"protocol version {version}, this process speaks {PROTOCOL_VERSION}")
+    if to != addressee:
+        raise ProtocolError(f"it is for incarnation {to:x}, this is {addressee:x}")
     try:
         return frames[0][_HEADER.size :].decode(), incarnation, _decoder.decode(frames[1])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

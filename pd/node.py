@@ -1,10 +1,12 @@
 """What every process has in common: sockets, membership and timers, on asyncio and ZMQ. No Ray.
 
 A node binds one PULL socket and pushes to every other member; messages travel one way. Membership
-comes from outside (`set_members`): who is not in the list is dead, and what it sent is dropped.
+comes from outside (`set_members`): who is not in the list is dead, and what it sent is dropped. So
+is what was sent to an earlier process of this node's name.
 
 Sending never blocks: a peer that does not read its messages loses them once its queue is full,
-which is counted, and the request's deadline ends what hangs on it.
+which is counted. Leaders repeat what matters; for the rest a request's deadline ends what hangs on
+it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import zmq.auth.asyncio
 from pd import messages
 from pd.messages import AnyMessage, Heartbeat, ProtocolError
 from pd.spec import ClusterSpec, Role
+from transfer.topology import Topology
 
 log = logging.getLogger("pagerelay")
 
@@ -53,6 +56,7 @@ class Member(msgspec.Struct, frozen=True):
     """The model's end-of-sequence tokens."""
     facts: dict[str, str] = {}
     """For people: pages, devices, addresses."""
+    topology: Topology = Topology()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -212,13 +216,12 @@ class Node:
 
     def send(self, to: str, message: AnyMessage) -> None:
         """Queue a message; dropped (and counted) when `to` is no member or does not read."""
-        outbound = self._outbound.get(to)
+        member = self._members.get(to)
         try:
-            if outbound is None:
+            if member is None:
                 raise zmq.Again
-            outbound.send_multipart(
-                messages.encode(message, self.name, self.incarnation), zmq.NOBLOCK
-            )
+            frames = messages.encode(message, self.name, self.incarnation, member.incarnation)
+            self._outbound[to].send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self.dropped_messages += 1
 
@@ -226,7 +229,7 @@ class Node:
         while True:
             frames = await self._inbound.recv_multipart()
             try:
-                sender, incarnation, message = messages.decode(frames)
+                sender, incarnation, message = messages.decode(frames, self.incarnation)
                 member = self._members.get(sender)
                 if member is None or member.incarnation != incarnation:
                     raise ProtocolError(f"{sender} is not a member")

@@ -1,5 +1,5 @@
 """A replica of one rank as one process: the leader on the event loop, the model on a compute
-thread, the transport on the mover's thread.
+thread, the transport on the mover's thread, digests of pages on a thread of their own.
 
 Whatever fails here puts pages in doubt, so it ends the replica: `failure` says why, and who watches
 the node ends its process.
@@ -14,14 +14,18 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, assert_never
 
 import msgspec
 
 import pd
 from pd import messages
 from pd.events import (
+    BreakLink,
+    CancelWrite,
+    Digest,
+    Digested,
     Effect,
     Event,
     PeerDown,
@@ -31,6 +35,7 @@ from pd.events import (
     Send,
     StepDone,
     Tick,
+    Warn,
     Write,
     Written,
 )
@@ -52,6 +57,7 @@ class ReplicaNode(Node):
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._compute = ThreadPoolExecutor(1, "compute")
+        self._digester = ThreadPoolExecutor(1, "digests")
         member = await loop.run_in_executor(self._compute, self._load)
         self._mover.start()
         return member
@@ -65,6 +71,7 @@ class ReplicaNode(Node):
         from pd.engine.model import LAYOUT_VERSION, ModelRunner, weights_digest
         from transfer.backends import make_transport
         from transfer.mover import Mover
+        from transfer.topology import Topology
 
         assert self.config.role is not None
         spec, role = self.spec, dict(self.spec.roles.items())[self.config.role]
@@ -89,16 +96,25 @@ class ReplicaNode(Node):
         self._runner = runner
         transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
         transport.register([pool.region for pool in runner.pools])
-        self._mover = Mover(transport, self._write_ended, self._peer_lost, self._mover_failed)
+        self._mover = Mover(
+            transport,
+            self._write_ended,
+            self._peer_lost,
+            self._mover_failed,
+            page_bytes=[layout.page_bytes for layout in runner.layouts],
+        )
         index = PageIndex(runner.groups, num_pages, spec.page_tokens, reuse=spec.cache.device)
+        topology = Topology(role.topology.tp, role.topology.pp, role.topology.cp)
         self.leader = Leader(
             self.name,
             index,
-            runner.groups,
-            spec.page_tokens,
+            runner.layouts,
             role.max_batch_tokens,
             role.max_running,
             spec.router.local_prefill_tokens,
+            topology,
+            spec.transfer.timeout,
+            spec.transfer.verify,
         )
         compat = {
             "model weights": weights_digest(folder, spec.model),
@@ -131,6 +147,7 @@ class ReplicaNode(Node):
             vocab_size=runner.vocab_size,
             end_tokens=runner.end_tokens,
             facts=facts,
+            topology=topology,
         )
 
     def handle(self, event: Event) -> None:
@@ -148,19 +165,40 @@ class ReplicaNode(Node):
             case Send(to, message):
                 self.send(to, message)
             case RunStep(command):
-                self._compute.submit(self._runner.step, command).add_done_callback(self._step_ended)
-            case Write(write_id, peer, group, source, target):
-                self._mover.write(write_id, peer, group, source, target)
+                self._submit(self._compute, lambda: StepDone(self._runner.step(command)))
+            case Write(write_id, peer, group, source, target, part, handover):
+                self._mover.write(write_id, peer, group, source, target, part, handover)
+            case CancelWrite(write_id):
+                self._mover.cancel(write_id)
+            case BreakLink(peer):
+                log.error("%s: writes to %s have no end; connecting it again", self.name, peer)
+                self._mover.reconnect(peer)
+            case Digest():
+                self._submit(self._digester, lambda: self._digest(effect))
+            case Warn(text):
+                log.warning("%s: %s", self.name, text)
+            case _:
+                assert_never(effect)
 
-    def _step_ended(self, future: Any) -> None:
-        """On the compute thread."""
+    def _digest(self, effect: Digest) -> Digested:
+        """On the digests' thread."""
+        from pd.engine.digest import page_digests
+
+        pool = self._runner.pools[effect.group]
+        return Digested(effect.digest_id, page_digests(pool.data, effect.pages))
+
+    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], Event]) -> None:
+        executor.submit(work).add_done_callback(self._work_ended)
+
+    def _work_ended(self, future: Future[Event]) -> None:
+        """On the thread that did it."""
         if future.cancelled():
             return
         error = future.exception()
         if error is not None:
             self._call(self._fail, error)
         else:
-            self._call(self.handle, StepDone(future.result()))
+            self._call(self.handle, future.result())
 
     def _write_ended(self, key: int, result: WriteResult) -> None:
         """On the mover's thread."""
@@ -190,7 +228,7 @@ class ReplicaNode(Node):
     def member_joined(self, member: Member) -> None:
         if self.config.role == "prefill" and member.role == "decode":
             self._mover.connect(member.name, member.transport)
-        self.handle(PeerUp(member.name))
+        self.handle(PeerUp(member.name, member.role, member.topology))
 
     def member_left(self, member: Member, reason: str) -> None:
         self._mover.disconnect(member.name)
@@ -209,5 +247,6 @@ class ReplicaNode(Node):
         return {"idle": self.leader.is_idle, "load": msgspec.structs.asdict(self.leader.load())}
 
     async def shut_down(self) -> None:
-        self._compute.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._compute, self._digester):
+            executor.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)

@@ -173,6 +173,11 @@ class TransferSpec(SpecModel):
     backend: Literal["nixl", "loopback"] = "nixl"
     options: dict[str, str] = {}
     """Parameters of the backend, such as {device_list: mlx5_0} for NIXL's UCX."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds without a sign of life from the sender, or without the end of a write, after which a
+    handover is given up and its request goes on elsewhere."""
+    verify: bool = False
+    """Compare a digest of every page with its source's after each handover."""
 
 
 class CacheSpec(SpecModel):

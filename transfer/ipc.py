@@ -97,7 +97,7 @@ class _Peer:
 
 
 class IpcTransport(Transport):
-    capabilities = Capabilities(host=False, device=True, poll_s=0.00005, write_bytes=256 << 20)
+    capabilities = Capabilities(host=False, device=True, poll_s=0.00005, write_bytes=128 << 20)
 
     def __init__(self, name: str, options: dict[str, str]) -> None:
         unknown = set(options) - {"blocks"}

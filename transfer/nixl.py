@@ -24,8 +24,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -55,6 +57,7 @@ from transfer.transport import (
     WriteResult,
 )
 
+_INFINIBAND = Path("/sys/class/infiniband")
 _STAGE_BELOW = 4 << 20
 _STAGE_RUNS = 64
 """Fewer runs than these are written directly: a block takes some 0.1 ms to go through."""
@@ -121,6 +124,11 @@ class NixlTransport(Transport):
         self._staged: dict[int, _Write] = {}
         self._rings: dict[str, Any] = {}
         """Prepared units of our two rings, and of those of the agents that write to us."""
+        if not _INFINIBAND.exists():
+            # UCX's module for it would do nothing but load the system's libibverbs, if that is
+            # there, and with it a second libnl beside the wheel's: the process then crashes at its
+            # exit.
+            os.environ.setdefault("UCX_MODULES", "^ib")
         try:
             config = nixl._api.nixl_agent_config(enable_prog_thread=False, backends=[])
             self._agent: Any = nixl._api.nixl_agent(self._name, config)
@@ -170,7 +178,7 @@ class NixlTransport(Transport):
         device = next((r.device for r in self._regions if r.device is not None), None)
         if device is not None:
             self.capabilities = dataclasses.replace(
-                self.capabilities, poll_s=0.00002, write_bytes=256 << 20
+                self.capabilities, poll_s=0.00002, write_bytes=128 << 20
             )
         size = self._ring_bytes
         if size is None:

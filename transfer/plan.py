@@ -1,14 +1,16 @@
 """Which rank writes which bytes of which pages to which rank. Pure.
 
 `PairPlan` is made once per pair of replicas: it finds the links, each from one source rank to one
-target rank, with the part of a page that goes there and the pages for which it does: those whose
-number is in a set of residues. Planning a handover then picks pages by residue, in numpy, so its
-cost grows with the links and not with bytes.
+target rank, with the part of a page that goes there and the pages for which it does: every so many,
+from one on. Planning a handover then slices the page lists, so its cost grows with the links and
+with neither pages nor bytes.
 
 What it promises, for the pages given: every byte that a target rank holds is written exactly once,
 by a rank that holds it. Where several ranks hold the same bytes (KV heads replicated as tp exceeds
 them, latents), they take turns page by page (rule 2), and target by target where those are
-replicated too, so that in any run of pages their shares differ by at most one page.
+replicated too. So in any run of pages each of them makes, of the writes that these bytes need (one
+for each page and each target rank that takes it), at most one more than another; a context-parallel
+rank that owns a page more has that page's writes more.
 """
 
 from __future__ import annotations
@@ -18,18 +20,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
-
 from transfer.topology import RankCoord, ReplicaLayout
 from transfer.transport import Int32Array, PagePart, PeerError
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """`source` writes `part` to `target` for each page whose number is in `residues` modulo
+    """`source` writes `part` of those pages to `target` whose number is `residue` modulo
     `period`."""
 
     source: int
@@ -37,18 +34,11 @@ class Link:
     group: int
     part: PagePart
     period: int
-    residues: tuple[int, ...]
+    residue: int
 
-    def pick(self, first_page: int, num_pages: int) -> slice | Int64Array:
-        """Indices, ascending, of this link's pages among `num_pages` from `first_page` on."""
-        if len(self.residues) == self.period:
-            return slice(None)
-        offsets = sorted((residue - first_page) % self.period for residue in self.residues)
-        if len(offsets) == 1:
-            return slice(offsets[0], None, self.period)
-        cycles = np.arange(0, num_pages, self.period)[:, None]
-        picked: Int64Array = (cycles + np.array(offsets)).ravel()
-        return picked[: int(np.searchsorted(picked, num_pages))]
+    def pick(self, first_page: int) -> slice:
+        """This link's among the pages `first_page`, `first_page + 1`, ..."""
+        return slice((self.residue - first_page) % self.period, None, self.period)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,14 +77,14 @@ class PairPlan:
         """All writes that move pages `first_page`, `first_page + 1`, ... of one sequence.
 
         Page first_page + i lies in source_pages[i] of the pools of the source ranks that own it,
-        and belongs into target_pages[i] of those of its target ranks. The arrays returned may be
-        views of these.
+        and belongs into target_pages[i] of those of its target ranks. The arrays returned are views
+        of these.
         """
         if len(source_pages) != len(target_pages):
             raise ValueError(f"{len(source_pages)} source and {len(target_pages)} target pages")
         writes = []
         for link in self.links[group]:
-            picked = link.pick(first_page, len(source_pages))
+            picked = link.pick(first_page)
             sources = source_pages[picked]
             if len(sources):
                 writes.append(
@@ -137,47 +127,52 @@ def _links(source: ReplicaLayout, target: ReplicaLayout, group: int) -> Iterator
     cuts = sorted(
         {cut for heads in (*source_heads, *target_heads) for cut in (heads.start, heads.stop)}
     )
-    # (source tp, source cp, target tp, target cp) -> runs of heads with their turns
-    shares: dict[tuple[int, int, int, int], list[tuple[range, int, tuple[int, ...]]]] = {}
+    # (source tp, source cp, target tp, target cp) -> runs of heads, each with period and residue
+    shares: dict[tuple[int, int, int, int], list[tuple[range, int, int]]] = {}
     for low, high in itertools.pairwise(cuts):
         holders = [tp for tp, heads in enumerate(source_heads) if low in heads]
         takers = [tp for tp, heads in enumerate(target_heads) if low in heads]
         turns = _turns(len(holders), len(takers), ours.cp, theirs.cp)
-        for (holder, taker, source_cp, target_cp), (period, residues) in turns.items():
+        for (holder, taker, source_cp, target_cp), (period, residue) in turns.items():
             runs = shares.setdefault((holders[holder], source_cp, takers[taker], target_cp), [])
-            if runs and runs[-1][0].stop == low and runs[-1][1:] == (period, residues):
+            if runs and runs[-1][0].stop == low and runs[-1][1:] == (period, residue):
                 low_before = runs.pop()[0].start
-                runs.append((range(low_before, high), period, residues))
+                runs.append((range(low_before, high), period, residue))
             else:
-                runs.append((range(low, high), period, residues))
+                runs.append((range(low, high), period, residue))
     for (source_tp, source_cp, target_tp, target_cp), runs in shares.items():
         for source_pp in range(ours.pp):
             for target_pp in range(theirs.pp):
                 one = ours.rank(RankCoord(source_tp, source_cp, source_pp))
                 other = theirs.rank(RankCoord(target_tp, target_cp, target_pp))
-                for heads, period, residues in runs:
+                for heads, period, residue in runs:
                     part = _part(source, one, target, other, group, heads)
                     if part is not None:
-                        yield Link(one, other, group, part, period, residues)
+                        yield Link(one, other, group, part, period, residue)
 
 
 def _turns(
     num_holders: int, num_takers: int, source_cp: int, target_cp: int
-) -> dict[tuple[int, int, int, int], tuple[int, tuple[int, ...]]]:
-    """(holder, taker, source cp, target cp) -> (period, residues of page numbers).
+) -> dict[tuple[int, int, int, int], tuple[int, int]]:
+    """(holder, taker, source cp, target cp) -> (period, residue) of page numbers.
 
     The j-th page of a context-parallel rank goes to each taker in turn, and each of these writes is
-    the next holder's.
+    the next holder's. For one taker the holders come round after `cycle` turns, each at most once;
+    so (holder, source cp) says the page's number modulo source_cp * cycle, target cp modulo
+    target_cp, and the two together modulo `period`: there is at most one residue.
     """
     cycle = num_holders // math.gcd(num_holders, num_takers)
     period = math.lcm(source_cp * cycle, target_cp)
-    found: dict[tuple[int, int, int, int], list[int]] = {}
-    for page in range(period):
-        turn, of = divmod(page, source_cp)
-        for taker in range(num_takers):
-            holder = (turn * num_takers + taker) % num_holders
-            found.setdefault((holder, taker, of, page % target_cp), []).append(page)
-    return {key: (period, tuple(residues)) for key, residues in found.items()}
+    return {
+        (
+            (page // source_cp * num_takers + taker) % num_holders,
+            taker,
+            page % source_cp,
+            page % target_cp,
+        ): (period, page)
+        for page in range(period)
+        for taker in range(num_takers)
+    }
 
 
 def _part(

@@ -35,7 +35,7 @@ class Topology:
         if min(self.tp, self.pp, self.cp) < 1:
             raise ValueError(f"topology {self}: expected tp, pp and cp of at least 1")
         ends = self.stage_ends
-        if ends and (len(ends) != self.pp or any(a > b for a, b in itertools.pairwise(ends))):
+        if ends and (len(ends) != self.pp or any(a > b for a, b in itertools.pairwise((0, *ends)))):
             raise ValueError(f"stage_ends {ends}: expected {self.pp} ascending layer numbers")
 
     def __str__(self) -> str:
@@ -79,6 +79,14 @@ class ReplicaLayout:
     """By layer group; of whole pages, all heads and layers."""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What else two replicas must have in common, by name: model, revision, dtype."""
+
+    def __post_init__(self) -> None:
+        ends = self.topology.stage_ends
+        if ends and ends[-1] != self.num_layers:
+            raise ValueError(
+                f"stages end at layer {ends[-1]}, the model has {self.num_layers}: layers would be "
+                f"held by no rank"
+            )
 
     @property
     def num_layers(self) -> int:

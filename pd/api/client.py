@@ -164,18 +164,13 @@ class EngineClient:
         self.router.update(name, role, None)
 
     def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
-        """End the requests that decode on `name`, or wait for it to prefill, with an error."""
+        """End the requests that decode on `name` with an error. Where it was to prefill, the decode
+        leader finds another."""
         self.router.remove(name)
         for stream in list(self._streams.values()):
-            placement = stream.placement
-            if placement is None:
-                continue
-            if placement.decode == name:
+            if stream.placement is not None and stream.placement.decode == name:
                 text = f"decode replica {name} was lost: {reason}"
                 self.end(stream, "error", text, Failure.REPLICA_LOST)
-            elif placement.prefill == name and stream.num_tokens == 0:
-                text = f"prefill replica {name} was lost: {reason}"
-                self.end(stream, "error", text, Failure.REPLICA_LOST, tell_leader=True)
 
     def on_message(self, sender: str, message: AnyMessage) -> None:
         match message:

@@ -124,6 +124,10 @@ _GAUGES: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "running_requests": ("Requests in the running batch.", lambda load: load.running),
     "handovers_in": ("Handovers being received.", lambda load: load.handovers_in),
     "handovers_out": ("Handovers being sent.", lambda load: load.handovers_out),
+    "pages_in_quarantine": (
+        "Pages of no request any more that a peer may still write to.",
+        lambda load: sum(load.pages_quarantined),
+    ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "steps": ("Engine steps.", lambda load: load.steps),
@@ -135,6 +139,18 @@ _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "kv_transfer_pages": ("KV pages moved.", lambda load: load.kv_pages),
     "kv_transfer_descriptors": ("Descriptors of KV writes.", lambda load: load.kv_descriptors),
     "kv_transfer_seconds": ("Sum of the durations of KV writes.", lambda load: load.kv_seconds),
+    "handovers_failed": (
+        "Handovers received that ended early.",
+        lambda load: load.handovers_failed,
+    ),
+    "handovers_overdue": (
+        "Handovers whose pages were in quarantine for longer than transfer.timeout.",
+        lambda load: load.handovers_overdue,
+    ),
+    "digest_mismatches": (
+        "Pages that differed from their source (transfer.verify).",
+        lambda load: load.digest_mismatches,
+    ),
     "finished_requests": ("Requests that finished.", lambda load: load.finished),
     "aborted_requests": ("Requests that were aborted.", lambda load: load.aborted),
     "failed_requests": ("Requests that failed.", lambda load: load.failed),

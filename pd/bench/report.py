@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pd.bench.serve import BenchError, Report, Run
+from pd.bench.errors import BenchError
+from pd.bench.serve import Report, Run
 from pd.bench.stats import Distribution, Summary, tpot_s, ttft_s
 
 

@@ -27,15 +27,12 @@ import aiohttp
 import msgspec
 
 from pd import __version__
+from pd.bench.errors import BenchError
 from pd.bench.stats import RequestResult, Summary, ratios, summarize, to_json
 
 _UNKNOWN_VOCABULARY = 1000
 _TRACE_BLOCK = 512
 """Prompt tokens that one of a trace's hash_ids stands for."""
-
-
-class BenchError(ValueError):
-    """The load cannot be made as asked; one line."""
 
 
 # ------------------------------------------------------------------------------------- what to send

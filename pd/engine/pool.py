@@ -1,12 +1,16 @@
-"""The device tier's memory: one page pool per layer group, in the layout of rule 1."""
+"""The device tier's memory: one page pool per layer group, in the layout of rule 1. On a CPU it is
+shared memory, so that a transport can hand it to other processes of the host."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from transfer.layout import PageLayout
+from transfer.memory import allocate_host
 from transfer.transport import Region
 
 
@@ -20,8 +24,14 @@ class PagePool:
         self.layout = layout
         self.dtype = dtype
         self.device = device
+        shape = (num_pages, *layout.shape)
         # Zeroed, so that a padded gather never multiplies by a stray NaN.
-        self.data = torch.zeros((num_pages, *layout.shape), dtype=dtype, device=device)
+        if device.type == "cpu":
+            self._memory = allocate_host(math.prod(shape) * dtype.itemsize, populate=True)
+            flat = torch.frombuffer(self._memory.buffer, dtype=dtype, count=math.prod(shape))
+            self.data = flat.view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
         dim = layout.group.head_dim
         self._token_rows = self.data.view(-1, dim)
         self._page_rows = self.data.view(-1, layout.page_tokens * dim)

@@ -66,14 +66,14 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def make_spec(folder: Path, backend: str, device: str) -> ClusterSpec:
+def make_spec(folder: Path, backend: str, device: str, verify: bool = False) -> ClusterSpec:
     role = {"device": device, "pool": {"pages": 200}, "max_batch_tokens": 16}
     return ClusterSpec.model_validate(
         {
             "model": {"path": str(folder), "dtype": "float32"},
             "page_tokens": 8,
             "roles": {"prefill": role, "decode": role},
-            "transfer": {"backend": backend},
+            "transfer": {"backend": backend, "verify": verify},
             "router": {"local_prefill_tokens": 0},
         }
     )
@@ -137,7 +137,7 @@ def test_tokens_are_exact_and_everything_is_given_back(
     params = SamplingParams(max_tokens=10, temperature=0.0)
 
     async def run() -> None:
-        spec = make_spec(model_folder, backend, device)
+        spec = make_spec(model_folder, backend, device, verify=network == "ipc")
         async with cluster(spec, str(tmp_path) if network == "ipc" else "") as nodes:
             client, prefill, decode = nodes
             for _ in range(2):
@@ -149,6 +149,7 @@ def test_tokens_are_exact_and_everything_is_given_back(
             prefill.leader.check_integrity()
             decode.leader.check_integrity()
             assert prefill.leader.load().kv_bytes > 0
+            assert decode.leader.load().handovers_failed == 0
             assert prefill.dropped_messages == decode.dropped_messages == 0
 
     asyncio.run(run())
@@ -163,14 +164,19 @@ def test_stray_and_foreign_messages_are_counted_and_dropped(
             context = zmq.Context()
             stray = context.socket(zmq.PUSH)
             stray.connect(next(m.address for m in client._members.values() if m.name == "decode-0"))
-            good = messages.encode(Heartbeat(), "api-0", client.incarnation)
+            to = decode.incarnation
+            good = messages.encode(Heartbeat(), "api-0", client.incarnation, to)
             stray.send_multipart([b"garbage"])
             stray.send_multipart([b"garbage", b"garbage"])
             stray.send_multipart([good[0], b"\x00"])
-            stray.send_multipart([good[0].replace(b"PRLY\x01", b"PRLY\x63"), good[1]])
-            stray.send_multipart(messages.encode(Heartbeat(), "api-0", client.incarnation ^ 1))
-            stray.send_multipart(messages.encode(Heartbeat(), "nobody", 7))
-            await wait_until(lambda: decode.dropped_messages == 6)
+            stray.send_multipart([good[0].replace(b"PRLY\x02", b"PRLY\x63"), good[1]])
+            for header in (
+                ("api-0", client.incarnation ^ 1, to),
+                ("api-0", client.incarnation, to ^ 1),
+                ("nobody", 7, to),
+            ):
+                stray.send_multipart(messages.encode(Heartbeat(), *header))
+            await wait_until(lambda: decode.dropped_messages == 7)
             outputs = await collect(client, [1, 2, 3], SamplingParams(max_tokens=2))
             assert outputs[-1].finish_reason == "length"
             stray.close(0)

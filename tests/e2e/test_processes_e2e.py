@@ -216,7 +216,8 @@ def health(cluster: Cluster) -> tuple[int, list[str]]:
 
 
 def test_a_killed_prefill_replica(pair: tuple[Cluster, Cluster], model: ReferenceModel) -> None:
-    """Its handover ends with an error; what decodes goes on, to the right tokens."""
+    """The request that it prefilled is prefilled to its end by the decode replica, from the pages
+    that have landed; what decodes goes on; all get the right tokens."""
     cluster = pair[0]
     prompts = [[20 * number + i for i in range(12)] for number in range(4)]
     with ThreadPoolExecutor(5) as pool:
@@ -229,13 +230,13 @@ def test_a_killed_prefill_replica(pair: tuple[Cluster, Cluster], model: Referenc
         assert load["prefill-0"]["running"] == 1
         assert load["decode-0"]["handovers_in"] == 1
         os.kill(cluster.pid_of("prefill-0"), signal.SIGKILL)
-        failed = long.result(10)
-        assert not any(future.done() for future in running)
         answers = [future.result(60) for future in running]
-    assert failed.status_code == 503
-    error = failed.json()["error"]
-    assert (error["code"], error["type"]) == ("replica_lost", "server_error")
-    assert "prefill-0" in error["message"]
+        saved = long.result(60)
+    assert saved.status_code == 200, saved.text
+    assert saved.json()["usage"]["completion_tokens"] == 50
+    load = cluster.check(["decode-0"])["decode-0"]["load"]
+    assert (load["handovers_failed"], load["failed"]) == (1, 0)
+    assert 0 < load["prefill_tokens"] < LONG
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.tokens) == 1500
         assert model.is_greedy(prompt, answer.tokens)

@@ -1,14 +1,16 @@
-"""Leaders on a virtual clock: seeded delays, aborts and deaths, and page contents that name their
-place.
+"""Leaders on a virtual clock, with seeded faults, and page contents that name their place.
 
 A pool's page is a list of (token prefix hash) per offset, so that a step can check that every key
 it attends to is the right one, and a byte in the wrong page is seen at once. The sampled token is a
-function of the whole prefix. Messages between two nodes keep their order (as ZMQ does); everything
-else may overtake.
+function of the whole prefix. Messages between two leaders are lost, repeated and overtake each
+other; those of the API keep their order. A write that fails leaves garbage behind, one that is
+stuck has no end until its link is broken. A replica that dies may start again under its name, with
+another incarnation; the others hear of it later, each at its time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import random
 from collections.abc import Callable
@@ -20,6 +22,10 @@ from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
 from pd.engine.batch import StepCommand, StepResult
 from pd.events import (
+    BreakLink,
+    CancelWrite,
+    Digest,
+    Digested,
     Event,
     PeerDown,
     PeerUp,
@@ -28,12 +34,14 @@ from pd.events import (
     Send,
     StepDone,
     Tick,
+    Warn,
     Write,
     Written,
 )
 from pd.leader import Leader
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
-from transfer.layout import LayerGroup
+from pd.spec import Role
+from transfer.layout import LayerGroup, PageLayout
 
 PAGE = 4
 VOCABULARY = 97
@@ -42,6 +50,9 @@ GROUPS = (
     LayerGroup("full", (0,), 1, 1),
     LayerGroup("sliding", (1,), 1, 1, window=10),
 )
+GARBAGE = -1
+_CHECK_EVERY = 5
+"""Events; a check takes longer than an event."""
 
 
 def prefix_key(tokens: Any) -> int:
@@ -60,18 +71,37 @@ def reference(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class SimReplica:
-    """A leader with a rank whose KV are prefix hashes."""
+    """One incarnation: a leader with a rank whose KV are prefix hashes."""
 
     def __init__(
-        self, name: str, pages: int, max_batch_tokens: int, max_running: int, local: int
+        self,
+        name: str,
+        pages: int,
+        max_batch_tokens: int,
+        max_running: int,
+        local: int,
+        verify: bool = False,
+        groups: tuple[LayerGroup, ...] = GROUPS,
     ) -> None:
-        num_pages = [pages, pages]
+        num_pages = [pages for _ in groups]
+        self.arguments = (name, pages, max_batch_tokens, max_running, local, verify, groups)
         self.name = name
+        self.role: Role = "prefill" if name.startswith("prefill") else "decode"
         self.alive = True
-        self.index = PageIndex(GROUPS, num_pages, PAGE)
-        self.leader = Leader(name, self.index, GROUPS, PAGE, max_batch_tokens, max_running, local)
-        self.pools = [[[None] * PAGE for _ in range(pages)] for _ in GROUPS]
-        self.tables: list[dict[tuple[int, int], int]] = [{} for _ in GROUPS]
+        self.groups = groups
+        self.index = PageIndex(groups, num_pages, PAGE)
+        layouts = [PageLayout(group, PAGE, 4) for group in groups]
+        self.leader = Leader(
+            name, self.index, layouts, max_batch_tokens, max_running, local, verify=verify
+        )
+        self.frozen: list[Event] | None = None
+        """While it hangs: what it will then find."""
+        self.peers: dict[str, SimReplica] = {}
+        """The incarnations that it knows of."""
+        self.pools: list[list[list[int | None]]] = [
+            [[None] * PAGE for _ in range(pages)] for _ in groups
+        ]
+        self.tables: list[dict[tuple[int, int], int]] = [{} for _ in groups]
         self.history: dict[int, list[int]] = {}
 
     def step(self, command: StepCommand) -> StepResult:
@@ -92,7 +122,7 @@ class SimReplica:
             for p in range(position, position + count):
                 for pool, table in zip(self.pools, self.tables, strict=True):
                     pool[table[row, p // PAGE]][p % PAGE] = prefix_key(tokens[: p + 1])
-            for group, pool, table in zip(GROUPS, self.pools, self.tables, strict=True):
+            for group, pool, table in zip(self.groups, self.pools, self.tables, strict=True):
                 for query in (position, position + count - 1):
                     first = 0 if group.kind == "full" else max(0, query - group.window + 1)
                     for p in range(first, query + 1):
@@ -108,29 +138,46 @@ class SimReplica:
         return StepResult(sampled, [None] * len(sampled), 0.0)
 
 
+@dataclasses.dataclass
+class Faults:
+    """Probabilities."""
+
+    lose_messages: float = 0.0
+    repeat_messages: float = 0.0
+    """Between leaders; the API's are counted by position and not lost here."""
+    fail_writes: float = 0.0
+    stick_writes: float = 0.0
+    corrupt_writes: float = 0.0
+    """They end well, with wrong bytes."""
+
+
 class Simulation:
-    def __init__(
-        self,
-        seed: int,
-        replicas: list[SimReplica],
-        lose_writes: float = 0.0,
-        lose_messages: float = 0.0,
-    ) -> None:
+    def __init__(self, seed: int, replicas: list[SimReplica], faults: Faults | None = None) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.replicas = {replica.name: replica for replica in replicas}
-        self.lose_writes = lose_writes
-        self.lose_messages = lose_messages
-        """Between leaders; the API's are counted by position and not lost here."""
+        self.faults = faults or Faults()
         self.outputs: dict[str, list[Output]] = {}
+        self.warnings: list[str] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._tie = 0
         self._last_arrival: dict[tuple[str, str], float] = {}
+        self._num_events = 0
+        self._writes: dict[tuple[SimReplica, int], tuple[Write, SimReplica]] = {}
+        """In flight, by writer and id: and the incarnation written to."""
         for replica in replicas:
-            for other in replicas:
-                if other is not replica:
-                    self.deliver(replica, PeerUp(other.name))
-            self.deliver(replica, PeerUp("api"))
+            self._introduce(replica)
+
+    def _introduce(self, replica: SimReplica) -> None:
+        """Tell a new replica of all others."""
+        for other in self.replicas.values():
+            if other is not replica and other.alive:
+                self._know(replica, other)
+        self.deliver(replica, PeerUp("api"))
+
+    def _know(self, replica: SimReplica, other: SimReplica) -> None:
+        replica.peers[other.name] = other
+        self.deliver(replica, PeerUp(other.name, other.role))
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         self._tie += 1
@@ -139,10 +186,20 @@ class Simulation:
     def after(self, longest: float, action: Callable[[], None]) -> None:
         self.at(self.now + self.random.random() * longest, action)
 
-    def run(self, until: float = 1e9) -> None:
-        while self._queue and self._queue[0][0] <= until:
+    def run(self, limit: float = 5000.0) -> None:
+        """Until nothing is in progress."""
+        self._tick_all()
+        while self._queue:
             self.now, _, action = heapq.heappop(self._queue)
+            assert self.now < limit, "it does not end"
             action()
+
+    def _tick_all(self) -> None:
+        for replica in self.replicas.values():
+            self.deliver(replica, Tick())
+        busy = any(r.alive and not r.leader.is_idle for r in self.replicas.values())
+        if self._queue or busy:
+            self.at(self.now + 1.0, self._tick_all)
 
     # ----------------------------------------------------------------------------------- the client
 
@@ -159,79 +216,152 @@ class Simulation:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         message = Generate(request_id, pack_ints(prompt), ROOT, hashes, params, prefill, timeout)
         self.outputs[request_id] = []
-        self.send("api", decode, message)
+        self._send_in_order("api", decode, message)
 
     def abort(self, request_id: str, decode: str) -> None:
-        self.send("api", decode, Abort(request_id))
+        self._send_in_order("api", decode, Abort(request_id))
 
-    # ---------------------------------------------------------------------------------- the machine
-
-    def send(self, sender: str, to: str, message: Any) -> None:
-        """In order per pair, after a random delay, if at all."""
-        if "api" not in (sender, to) and self.random.random() < self.lose_messages:
-            return
+    def _send_in_order(self, sender: str, to: str, message: Any) -> None:
+        """From or to the API; a message to a replica that dies is lost."""
         arrival = max(
             self._last_arrival.get((sender, to), 0.0), self.now + self.random.random() * 3
         )
         self._last_arrival[sender, to] = arrival
-        self.at(arrival, lambda: self._arrive(sender, to, message))
-
-    def _arrive(self, sender: str, to: str, message: Any) -> None:
         if to == "api":
-            assert isinstance(message, Outputs)
-            for output in message.outputs:
-                self.outputs[output.request_id].append(output)
-        elif self.replicas[to].alive and (sender == "api" or self.replicas[sender].alive):
-            self.deliver(self.replicas[to], Received(sender, message))
+            self.at(arrival, lambda: self._take_outputs(message))
+        else:
+            replica = self.replicas[to]
+            self.at(arrival, lambda: self.deliver(replica, Received("api", message)))
+
+    def _take_outputs(self, message: Any) -> None:
+        assert isinstance(message, Outputs)
+        for output in message.outputs:
+            outputs = self.outputs[output.request_id]
+            num_tokens = sum(len(earlier.token_ids) for earlier in outputs)
+            assert not output.token_ids or output.position == num_tokens
+            outputs.append(output)
+
+    # ---------------------------------------------------------------------------------- the machine
+
+    def _send(self, sender: SimReplica, to: str, message: Any) -> None:
+        target = sender.peers[to]
+        if self.random.random() < self.faults.lose_messages:
+            return
+        for _ in range(2 if self.random.random() < self.faults.repeat_messages else 1):
+            self.after(3, lambda: self._arrive(sender, target, message))
+
+    def _arrive(self, sender: SimReplica, target: SimReplica, message: Any) -> None:
+        # What a node drops: another incarnation than the one that it knows, or is.
+        if target.peers.get(sender.name) is sender:
+            self.deliver(target, Received(sender.name, message))
 
     def deliver(self, replica: SimReplica, event: Event) -> None:
         if not replica.alive:
             return
-        for effect in replica.leader.handle(event, self.now):
+        if replica.frozen is not None:
+            replica.frozen.append(event)
+            return
+        effects = replica.leader.handle(event, self.now)
+        for effect in effects:
             match effect:
+                case Send("api", message):
+                    self._send_in_order(replica.name, "api", message)
                 case Send(to, message):
-                    self.send(replica.name, to, message)
+                    self._send(replica, to, message)
                 case RunStep(command):
                     self.after(5, lambda c=command: self._run_step(replica, c))
                 case Write():
-                    self.after(20, lambda w=effect: self._write(replica, w))
-        replica.leader.check_integrity()
+                    self._post(replica, effect)
+                case CancelWrite(write_id):
+                    if self.random.random() < 0.5:
+                        self._end_write(replica, write_id, "cancelled")
+                case BreakLink(peer):
+                    for writer, write_id in list(self._writes):
+                        if writer is replica and self._writes[writer, write_id][0].peer == peer:
+                            self._end_write(replica, write_id, "the link was broken")
+                case Digest():
+                    self.after(2, lambda d=effect: self._digest(replica, d))
+                case Warn(text):
+                    self.warnings.append(text)
+        self._num_events += 1
+        if self._num_events % _CHECK_EVERY == 0:
+            replica.leader.check_integrity()
 
     def _run_step(self, replica: SimReplica, command: StepCommand) -> None:
         if replica.alive:
             self.deliver(replica, StepDone(replica.step(command)))
 
-    def _write(self, replica: SimReplica, write: Write) -> None:
+    def _digest(self, replica: SimReplica, digest: Digest) -> None:
+        pool = replica.pools[digest.group]
+        digests = [hash(tuple(pool[page])) % 2**64 for page in digest.pages]
+        self.deliver(replica, Digested(digest.digest_id, np.array(digests, np.uint64)))
+
+    def _post(self, replica: SimReplica, write: Write) -> None:
+        self._writes[replica, write.write_id] = (write, replica.peers[write.peer])
+        if self.random.random() >= self.faults.stick_writes:
+            self.after(20, lambda: self._land(replica, write.write_id))
+
+    def _land(self, replica: SimReplica, write_id: int) -> None:
         """The bytes land now: the content is read and written at this very moment."""
-        if not replica.alive:
+        if (replica, write_id) not in self._writes:
             return
-        target = self.replicas[write.peer]
-        error = None
+        write, target = self._writes[replica, write_id]
+        references = replica.index.references(write.group)
+        assert all(page in references for page in write.source_pages), "reads a released page"
         if not target.alive:
-            error = "peer is dead"
-        elif self.random.random() < self.lose_writes:
-            error = "lost"
+            self._end_write(replica, write_id, "peer is dead")
+        elif self.random.random() < self.faults.fail_writes:
+            self._end_write(replica, write_id, "lost")
         else:
+            is_corrupt = self.random.random() < self.faults.corrupt_writes
             for source, destination in zip(write.source_pages, write.target_pages, strict=True):
-                content = replica.pools[write.group][source]
-                target.pools[write.group][destination] = list(content)
-        self.after(
-            2,
-            lambda: self.deliver(
-                replica, Written(write.write_id, error, 1, len(write.source_pages), 0.1)
-            ),
-        )
+                content = list(replica.pools[write.group][source])
+                if is_corrupt:
+                    content[self.random.randrange(PAGE)] = GARBAGE
+                target.pools[write.group][destination] = content
+            self._end_write(replica, write_id, None)
 
-    def tick_all(self) -> None:
-        for replica in self.replicas.values():
-            self.deliver(replica, Tick())
+    def _end_write(self, replica: SimReplica, write_id: int, error: str | None) -> None:
+        """One that fails may have left anything in its pages."""
+        write, target = self._writes.pop((replica, write_id), (None, None))
+        if write is None or target is None or not replica.alive:
+            return
+        if error is not None and target.alive:
+            for destination in write.target_pages:
+                target.pools[write.group][destination] = [GARBAGE] * PAGE
+        written = Written(write_id, error, 1, len(write.source_pages), 0.1)
+        self.after(2, lambda: self.deliver(replica, written))
 
-    def kill(self, name: str) -> None:
-        """The process ends; the others hear of it later."""
-        self.replicas[name].alive = False
+    def freeze(self, name: str) -> None:
+        """It hangs, while its writes go on."""
+        self.replicas[name].frozen = []
+
+    def thaw(self, name: str) -> None:
+        events, self.replicas[name].frozen = self.replicas[name].frozen, None
+        for event in events or ():
+            self.deliver(self.replicas[name], event)
+
+    def kill(self, name: str, restart: bool = False) -> None:
+        """The process ends, and its writes with it; the others hear of it later."""
+        dead = self.replicas[name]
+        dead.alive = False
+        for key in [key for key in self._writes if key[0] is dead]:
+            del self._writes[key]
+        if restart:
+            self.replicas[name] = SimReplica(*dead.arguments)
+            self._introduce(self.replicas[name])
         for other in self.replicas.values():
-            if other.alive:
-                self.after(30, lambda o=other: self.deliver(o, PeerDown(name, "killed")))
+            if other.name != name:
+                self.after(30, lambda o=other: self._hear_of(o, name))
+
+    def _hear_of(self, replica: SimReplica, name: str) -> None:
+        """What became of `name`, as it is now."""
+        known, current = replica.peers.get(name), self.replicas[name]
+        if known is not None and not known.alive:
+            del replica.peers[name]
+            self.deliver(replica, PeerDown(name, "killed"))
+        if current.alive and current is not known:
+            self._know(replica, current)
 
     # -------------------------------------------------------------------------------------- results
 

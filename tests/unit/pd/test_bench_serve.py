@@ -16,9 +16,9 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
+from pd.bench.errors import BenchError
 from pd.bench.report import plot_report, print_report
 from pd.bench.serve import (
-    BenchError,
     BenchOptions,
     PlannedRequest,
     Report,
