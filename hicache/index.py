@@ -8,40 +8,95 @@ Each layer group has a pool of slots; slot 0 is the null page and never handed o
   cached  in the index with no reference: it can be matched again, or evicted when room is needed.
 
 An entry of the index is one page of one sequence, found by its hash, with one slot per layer group.
-Its full-attention groups are resident together and only while its parent's are, so that a prefix
-match is a walk from the first page. A sliding-window group may lack pages (-1, a tombstone); a
-match only needs those that the next token attends to. Hence two kinds of eviction: a sliding page
-goes alone, least recently used first; an entry goes whole, when no page of it or of its descendants
-is used, leaves first. A page was last used when its last reference was released.
+Its full-attention and latent groups are resident together and only while its parent's are, so that
+a prefix match is a search for the last known hash. A sliding-window group may lack pages (-1, a
+tombstone); a match only needs those that the next token attends to. Hence two kinds of eviction: a
+sliding page goes alone, least recently used first; an entry goes whole, when no page of it or of
+its descendants is used or pinned, leaves first, in the order that was asked for (policy.py). A page
+was last used when its last reference was released.
 
-The caller promises that a page is complete before it is inserted and that no operation on it is in
-flight when its last reference is released. Host and storage tiers will add slots to the same
-entries.
+Entries are kept in runs: consecutive pages of one sequence that have been inserted, matched and
+released together, and in full groups have equally many references. A call costs a few operations
+for each run that it meets and list operations for the pages. A run is split where a call treats its
+pages differently, or where another sequence branches off; a sequence that grows page by page
+extends its last run while nobody else has used it.
+
+The caller promises that hashes are chained (a hash names all pages before it as well), that a page
+is complete before it is inserted and that no operation on it is in flight when its last reference
+is released. Host and storage tiers will add slots to the same entries.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
-from collections import OrderedDict
+import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
+from hicache.policy import Run, make_order
 from transfer.layout import LayerGroup
 
+_MAX_RUN_PAGES = 256
+"""So that splitting a run, or looking for a slot in it, takes microseconds."""
 
-class _Entry:
-    __slots__ = ("children", "hash", "last_use", "parent", "pins", "queued", "slots")
 
-    def __init__(self, page_hash: bytes, parent: _Entry | None, slots: list[int]) -> None:
-        self.hash = page_hash
-        self.parent = parent
+class _Run(Run):
+    __slots__ = (
+        "children",
+        "first",
+        "hashes",
+        "holds",
+        "in_use",
+        "is_fresh",
+        "parent",
+        "pinned",
+        "references",
+        "slots",
+    )
+
+    def __init__(
+        self,
+        level: int,
+        first: int,
+        hashes: list[bytes],
+        slots: list[list[int]],
+        references: list[int],
+        parent: _Run | None,
+    ) -> None:
+        super().__init__(level)
+        self.first = first
+        """Position in the sequence of its first page."""
+        self.hashes = hashes
         self.slots = slots
-        """By layer group; -1 is a tombstone."""
+        """By layer group, then by page; -1 is a tombstone."""
+        self.references = references
+        """By layer group, on each of its pages; 0 for sliding groups, whose slots are counted
+        one by one."""
+        self.parent = parent
+        """The run that ends with the page before `first`."""
         self.children = 0
-        self.pins = 0
-        """Own slots in use, plus children with pins: the entry is evictable, in its turn, at 0."""
-        self.last_use = 0
-        self.queued = False
-        """In the heap of leaves, at most once, under a key that may be older than `last_use`."""
+        self.holds = 0
+        """Full groups with references, children with pinned pages, and pins on its last page."""
+        self.in_use = 0
+        """Sliding slots with references."""
+        self.pinned = 0
+        """Leading pages that may not go: all with a hold, else up to the last sliding slot in
+        use."""
+        self.is_fresh = True
+        """Neither matched nor released since it was inserted."""
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.hashes)
+
+    @property
+    def is_evictable(self) -> bool:
+        return not self.children and self.pinned < len(self.hashes)
 
 
 class PageIndex:
@@ -55,9 +110,11 @@ class PageIndex:
         page_tokens: int,
         *,
         reuse: bool = True,
+        order: str = "lru",
     ) -> None:
         """`num_pages` by group, slot 0 included. `reuse=False`: a mere allocator, nothing is
-        cached."""
+        cached. `order`: in which entries are evicted; sliding pages always go least recently used
+        first."""
         if not groups or len(groups) != len(num_pages) or min(num_pages) < 1:
             raise ValueError(f"{len(groups)} layer groups with pools of {list(num_pages)} pages")
         self.groups = tuple(groups)
@@ -66,23 +123,29 @@ class PageIndex:
         self.evictions = 0
         """Pages evicted to make room, over all groups."""
         self._num_pages = list(num_pages)
-        self._full = [g for g, group in enumerate(groups) if group.kind == "full"]
         self._sliding = [g for g, group in enumerate(groups) if group.kind == "sliding"]
-        # Without a full group no entry needs its parent: parents, children and pins stay unset.
+        self._full = [g for g in range(len(groups)) if g not in self._sliding]
+        # Without a full group no entry needs its parent: each is a run of its own, without links,
+        # holds and order.
         self._linked = bool(self._full)
-        self._entries: dict[bytes, _Entry] = {}
+        self._order = make_order(
+            order, min((num_pages[g] for g in self._full), default=1) - 1, page_tokens
+        )
+        self._runs: dict[bytes, _Run] = {}
+        """Each page's."""
+        # Of slots that are in no run of a full group.
         self._references = [[0] * count for count in num_pages]
-        self._owners: list[list[_Entry | None]] = [[None] * count for count in num_pages]
+        self._owners: list[list[_Run | None]] = [[None] * count for count in num_pages]
         # A stack; taken and put back in ascending runs, which transfers merge into one descriptor.
         self._free = [list(range(1, count)) for count in num_pages]
         self._num_used = [0] * len(groups)
-        self._num_evictable = 0  # entries without pins
-        self._leaves: list[
-            tuple[int, int, _Entry]
-        ] = []  # heap of (last use or earlier, tie, entry)
-        self._tie = 0
-        # By group (empty for full ones): cached slots, next to be evicted first.
+        self._num_evictable = 0  # pages of runs beyond the pinned ones
+        # By group (empty for full ones): cached slots that are not kept, next to be evicted first.
         self._lru: list[OrderedDict[int, None]] = [OrderedDict() for _ in groups]
+        # By group (likewise): pins on a slot.
+        self._kept: list[Counter[int]] = [Counter() for _ in groups]
+        self._pins: list[tuple[float, int, _Run | None, list[list[int]]]] = []  # heap by end
+        self._num_pins = 0
         self._now = 0
 
     # --------------------------------------------------------------------------------- prefix reuse
@@ -90,13 +153,10 @@ class PageIndex:
     def match(self, hashes: Sequence[bytes]) -> int:
         """The most leading pages that can be used as they are; valid until the next allocate or
         clear."""
-        entries = self._entries
-        count = 0 if self._linked else len(hashes)
-        if self._linked:
-            for page_hash in hashes:
-                if page_hash not in entries:
-                    break
-                count += 1
+        runs = self._runs
+        count = len(hashes)
+        if self._linked and count and hashes[-1] not in runs:
+            count = bisect.bisect_left(hashes, 1, key=lambda page_hash: page_hash not in runs)
         if not self._sliding:
             return count
 
@@ -108,12 +168,10 @@ class PageIndex:
             shrunk = False
             for g in self._sliding:
                 first = min(resident[g], count)
-                needed = self.groups[g].first_needed_page(
-                    count * self.page_tokens, self.page_tokens
-                )
+                needed = self._first_needed(g, count)
                 while first > needed:
-                    entry = entries.get(hashes[first - 1])
-                    if entry is None or entry.slots[g] < 0:
+                    run = runs.get(hashes[first - 1])
+                    if run is None or run.slots[g][first - 1 - run.first] < 0:
                         # Every longer match that starts at or before this page needs it too.
                         count = first - 1
                         shrunk = True
@@ -122,27 +180,64 @@ class PageIndex:
                 resident[g] = first
         return count
 
+    def _first_needed(self, group: int, num_pages: int) -> int:
+        """Of a match of so many pages, the first that is needed in this group."""
+        return self.groups[group].first_needed_page(num_pages * self.page_tokens, self.page_tokens)
+
     def acquire(self, hashes: Sequence[bytes]) -> list[list[int]]:
         """Take a reference on each page of a match that is needed: by group, len(hashes) slots.
 
         -1 stands outside a sliding group's window. Raises ValueError, with nothing changed, when
         `hashes` are not a match.
         """
-        count = len(hashes)
-        entries = list(map(self._entries.get, hashes))
-        position = count * self.page_tokens
-        firsts = [group.first_needed_page(position, self.page_tokens) for group in self.groups]
-        taken: list[list[int]] = []
-        for g, first in enumerate(firsts):
-            slots = [-1] * first
-            for entry in entries[first:]:
-                if entry is None or entry.slots[g] < 0:
-                    raise ValueError(f"page {len(slots)} is not resident in layer group {g}")
-                slots.append(entry.slots[g])
-            taken.append(slots)
-        for g, first in enumerate(firsts):
-            self._add_references(g, taken[g][first:])
+        taken, runs = self._find(hashes)
+        runs = self._cut(runs, len(hashes))
+        order = self._order
+        self._now = now = self._now + 1
+        for run in runs:
+            run.is_fresh = False
+            for g in self._full:
+                self._add_references(run, g)
+            order.hit(run, now)
+        for g in self._sliding:
+            self._use_sliding(g, taken[g])
         return taken
+
+    def _find(self, hashes: Sequence[bytes]) -> tuple[list[list[int]], list[_Run]]:
+        """(slots of a match by group, -1 outside windows; the runs they are in, when linked)."""
+        count = len(hashes)
+        runs: list[_Run] = []
+        taken: list[list[int]] = [[] for _ in self.groups]
+        page = 0
+        while self._linked and page < count:
+            run = self._runs.get(hashes[page])
+            end = 0 if run is None else min(run.first + len(run.hashes), count)
+            # The chain vouches for the pages between.
+            if run is None or run.first != page or run.hashes[end - page - 1] != hashes[end - 1]:
+                raise ValueError(f"page {page} is not resident in layer group {self._full[0]}")
+            runs.append(run)
+            for g in self._full:
+                taken[g] += run.slots[g]
+            page = end
+        for g in self._full:
+            del taken[g][count:]
+        for g in self._sliding:
+            first = self._first_needed(g, count)
+            slots = [-1] * first
+            for page in range(first, count):
+                run = self._runs.get(hashes[page])
+                slot = -1 if run is None else run.slots[g][page - run.first]
+                if slot < 0:
+                    raise ValueError(f"page {page} is not resident in layer group {g}")
+                slots.append(slot)
+            taken[g] = slots
+        return taken, runs
+
+    def _cut(self, runs: list[_Run], count: int) -> list[_Run]:
+        """The runs of a match of `count` pages, the last one ending there."""
+        if runs and runs[-1].end > count:
+            runs[-1] = self._split(runs[-1], count - runs[-1].first)
+        return runs
 
     def insert(
         self,
@@ -162,65 +257,297 @@ class PageIndex:
         """
         if not self.reuse:
             return
-        entries = self._entries
-        linked, sliding = self._linked, self._sliding
-        above = entries.get(parent) if linked and first_page else None
-        if linked and first_page and above is None:
+        if not self._linked:
+            self._insert_unlinked(hashes, slots, first_page)
             return
-        for i, page_hash in enumerate(hashes):
-            entry = entries.get(page_hash)
-            if entry is None:
-                given = [group_slots[i] for group_slots in slots]
-                if any(given[g] < 0 for g in self._full) or max(given) < 0:
-                    if linked:
-                        return
-                    continue
-                entry = self._new_entry(page_hash, above, given)
+        above = None
+        if first_page:
+            above = self._runs.get(parent)
+            if above is None:
+                return
+            place = first_page - 1 - above.first
+            if not 0 <= place < len(above.hashes) or above.hashes[place] != parent:
+                raise ValueError(f"the parent is not page {first_page - 1} of its sequence")
+        known = 0
+        count = len(hashes)
+        while known < count and (run := self._runs.get(hashes[known])) is not None:
+            above, place = run, first_page + known - run.first
+            same = min(len(run.hashes) - place, count - known)
+            if run.hashes[place + same - 1] != hashes[known + same - 1]:
+                same = _common(run.hashes, place, hashes, known, same)
+            for g in self._sliding:
+                for i in range(known, known + same):
+                    if run.slots[g][first_page + i - run.first] < 0 <= slots[g][i]:
+                        self._adopt(run, g, first_page + i - run.first, slots[g][i])
+            known += same
+        for g in self._full:
+            if -1 in slots[g][known:count]:
+                count = slots[g].index(-1, known)
+        if known < count:
+            given = [list(group_slots[known:count]) for group_slots in slots]
+            self._check_insertable(given)
+            self._insert_new(above, first_page + known, list(hashes[known:count]), given)
+
+    def _insert_new(
+        self, above: _Run | None, first: int, hashes: list[bytes], slots: list[list[int]]
+    ) -> None:
+        """Pages that are not in the index, under the page before `first` in `above`."""
+        if above is not None and above.end > first:
+            above = self._split(above, first - above.first)
+        counts = [[self._references[g][slot] for slot in slots[g]] for g in self._full]
+        begin = 0
+        while begin < len(hashes):
+            level, num_pages = self._order.admit(hashes, begin)
+            for group_counts in counts:
+                # Pages of a run have equally many references.
+                if group_counts[begin : begin + num_pages].count(group_counts[begin]) < num_pages:
+                    alike = itertools.takewhile(
+                        group_counts[begin].__eq__, group_counts[begin : begin + num_pages]
+                    )
+                    num_pages = len(list(alike))
+            references = [0] * len(self.groups)
+            for g, group_counts in zip(self._full, counts, strict=True):
+                references[g] = group_counts[begin]
+            grows = (
+                above is not None
+                and above.is_fresh
+                and not above.children
+                and above.level == level
+                and above.references == references
+                and len(above.hashes) < _MAX_RUN_PAGES
+            )
+            room = _MAX_RUN_PAGES - (len(above.hashes) if grows and above is not None else 0)
+            end = begin + min(num_pages, room)
+            part = [group_slots[begin:end] for group_slots in slots]
+            if grows and above is not None:
+                self._grow(above, hashes[begin:end], part)
             else:
-                for g in sliding:
-                    if entry.slots[g] < 0 <= slots[g][i]:
-                        self._adopt(entry, g, slots[g][i])
-            above = entry if linked else None
+                above = self._add_run(
+                    _Run(level, first + begin, hashes[begin:end], part, references, above)
+                )
+            begin = end
 
-    def _new_entry(self, page_hash: bytes, parent: _Entry | None, slots: list[int]) -> _Entry:
-        given = [(g, slot) for g, slot in enumerate(slots) if slot >= 0]
-        for g, slot in given:
-            self._check_insertable(g, slot)
-        entry = _Entry(page_hash, parent, slots)
-        for g, slot in given:
-            self._owners[g][slot] = entry
-        self._entries[page_hash] = entry
+    def _add_run(self, run: _Run) -> _Run:
+        run.holds = len(self._full)
+        run.pinned = len(run.hashes)
+        if run.parent is not None:
+            run.parent.children += 1
+            self._hold(run.parent)
+        self._own(run, run.hashes, run.slots)
+        return run
+
+    def _grow(self, run: _Run, hashes: list[bytes], slots: list[list[int]]) -> None:
+        run.hashes += hashes
+        run.pinned = len(run.hashes)
+        for group_slots, more in zip(run.slots, slots, strict=True):
+            group_slots += more
+        self._own(run, hashes, slots)
+
+    def _own(self, run: _Run, hashes: list[bytes], slots: list[list[int]]) -> None:
+        self._runs.update(dict.fromkeys(hashes, run))
+        for g in self._full:
+            references, owners = self._references[g], self._owners[g]
+            for slot in slots[g]:
+                references[slot] = 0
+                owners[slot] = run
+        for g in self._sliding:
+            for slot in slots[g]:
+                if slot >= 0:
+                    self._owners[g][slot] = run
+                    run.in_use += 1
+        self._order.add(run, hashes, self._now)
+
+    def _insert_unlinked(
+        self, hashes: Sequence[bytes], slots: Sequence[Sequence[int]], first_page: int
+    ) -> None:
+        for i, page_hash in enumerate(hashes):
+            run = self._runs.get(page_hash)
+            given = [[group_slots[i]] for group_slots in slots]
+            if run is not None:
+                for g, (slot,) in enumerate(given):
+                    if run.slots[g][0] < 0 <= slot:
+                        self._adopt(run, g, 0, slot)
+            elif max(given) > [-1]:
+                self._check_insertable(given)
+                run = _Run(0, first_page + i, [page_hash], given, [0] * len(given), None)
+                self._runs[page_hash] = run
+                for g, (slot,) in enumerate(given):
+                    if slot >= 0:
+                        self._owners[g][slot] = run
+                        run.in_use += 1
+
+    def _adopt(self, run: _Run, group: int, place: int, slot: int) -> None:
+        """Fill a sliding page's tombstone."""
+        self._check_insertable([[slot] if g == group else [] for g in range(len(self.groups))])
+        self._owners[group][slot] = run
+        run.slots[group][place] = slot
+        run.in_use += 1
         if self._linked:
-            entry.pins = len(given)
-            if parent is not None:
-                parent.children += 1
-                self._pin(parent)
-        return entry
+            self._hold_up_to(run, place)
 
-    def _adopt(self, entry: _Entry, group: int, slot: int) -> None:
-        self._check_insertable(group, slot)
-        self._owners[group][slot] = entry
-        entry.slots[group] = slot
-        if self._linked:
-            self._pin(entry)
-
-    def _check_insertable(self, group: int, slot: int) -> None:
-        if self._owners[group][slot] is not None or self._references[group][slot] < 1:
-            raise ValueError(f"slot {slot} of layer group {group} is unused or holds another page")
+    def _check_insertable(self, slots: list[list[int]]) -> None:
+        for g, group_slots in enumerate(slots):
+            references, owners = self._references[g], self._owners[g]
+            for slot in group_slots:
+                if slot >= 0 and (owners[slot] is not None or references[slot] < 1):
+                    raise ValueError(
+                        f"slot {slot} of layer group {g} is unused or holds another page"
+                    )
+            if len(set(group_slots)) < len(group_slots) - max(0, group_slots.count(-1) - 1):
+                raise ValueError(f"layer group {g}: two pages in one slot")
 
     def clear(self) -> None:
-        """Empty the index: cached pages become free, used ones will when they are released."""
-        for entry in self._entries.values():
-            for g, slot in enumerate(entry.slots):
-                if slot >= 0:
-                    self._owners[g][slot] = None
-                    if not self._references[g][slot]:
-                        self._free[g].append(slot)
-        self._entries.clear()
-        self._leaves.clear()
+        """Empty the index: cached pages become free, used ones will when they are released. Pins
+        end."""
+        for run in dict.fromkeys(self._runs.values()):
+            for g, slots in enumerate(run.slots):
+                for slot in slots:
+                    if slot >= 0:
+                        self._owners[g][slot] = None
+                        self._references[g][slot] += run.references[g]
+                        if not self._references[g][slot]:
+                            self._free[g].append(slot)
+        self._runs.clear()
+        self._order.clear()
         self._num_evictable = 0
-        for lru in self._lru:
-            lru.clear()
+        self._pins.clear()
+        for g in self._sliding:
+            self._lru[g].clear()
+            self._kept[g].clear()
+
+    def pin(self, hashes: Sequence[bytes], until: float) -> None:
+        """Keep a match's pages from eviction until `expire` is called with a time of `until` or
+        later. Takes no reference: the pages are cached, and can be matched. Raises ValueError,
+        with nothing changed, when `hashes` are not a match.
+
+        Pinned pages are not there for `allocate`; how much of the pool they may take is the
+        caller's to decide. A pin cannot be taken back but by `clear`.
+        """
+        kept, runs = self._find(hashes)
+        runs = self._cut(runs, len(hashes))
+        for g in self._sliding:
+            kept[g] = kept[g][self._first_needed(g, len(hashes)) :]
+            self._kept[g].update(kept[g])
+            for slot in kept[g]:
+                self._lru[g].pop(slot, None)
+        for g in self._full:
+            kept[g] = []
+        last = runs[-1] if runs else None
+        if last is not None:
+            last.is_fresh = False
+            self._hold(last)
+        self._num_pins += 1
+        heapq.heappush(self._pins, (until, self._num_pins, last, kept))
+
+    def expire(self, now: float) -> int:
+        """End the pins whose time has come, in the clock of their `until`; how many."""
+        ended = 0
+        while self._pins and self._pins[0][0] <= now:
+            _, _, run, kept = heapq.heappop(self._pins)
+            ended += 1
+            for g in self._sliding:
+                for slot in kept[g]:
+                    self._kept[g][slot] -= 1
+                    if not self._kept[g][slot]:
+                        del self._kept[g][slot]
+                        if not self._references[g][slot]:
+                            self._lru[g][slot] = None
+            if run is not None:
+                run.holds -= 1
+                self._settle(run)
+        return ended
+
+    # ----------------------------------------------------------------------------------------- runs
+
+    def _split(self, run: _Run, count: int) -> _Run:
+        """Make the first `count` pages of a run a new one, and return it. `run` keeps the rest, its
+        children, its place among the leaves and its pins."""
+        head = _Run(
+            run.level,
+            run.first,
+            run.hashes[:count],
+            [slots[:count] for slots in run.slots],
+            list(run.references),
+            run.parent,
+        )
+        head.is_fresh = run.is_fresh
+        head.children = 1
+        del run.hashes[:count]
+        for slots in run.slots:
+            del slots[:count]
+        run.first += count
+        run.parent = head
+        for g, slots in enumerate(head.slots):
+            owners = self._owners[g]
+            for slot in slots:
+                if slot >= 0:
+                    owners[slot] = head
+        for g in self._sliding:
+            head.in_use += sum(slot >= 0 and self._references[g][slot] > 0 for slot in head.slots[g])
+        run.in_use -= head.in_use
+        head.pinned = min(run.pinned, count)
+        run.pinned -= head.pinned
+        head.holds = sum(n > 0 for n in head.references) + (run.pinned > 0)
+        self._runs.update(dict.fromkeys(head.hashes, head))
+        self._order.split(head, run)
+        return head
+
+    def _part(self, run: _Run, group: int, slots: list[int], begin: int) -> _Run:
+        """The run of exactly the pages in slots[begin:] that `run` goes on with. Full groups."""
+        pages = run.slots[group]
+        place = 0 if pages[0] == slots[begin] else pages.index(slots[begin])
+        count = len(pages) - place
+        if slots[begin : begin + count] != (pages[place:] if place else pages):
+            count = _common(pages, place, slots, begin, min(count, len(slots) - begin))
+        if place:
+            self._split(run, place)
+        return self._split(run, count) if count < len(run.hashes) else run
+
+    def _hold(self, run: _Run) -> None:
+        """One more reason to keep all pages; the first pinned page is a reason to keep the
+        parent."""
+        run.holds += 1
+        while run.pinned < len(run.hashes):
+            self._num_evictable -= len(run.hashes) - run.pinned
+            was_pinned = run.pinned > 0
+            run.pinned = len(run.hashes)
+            if was_pinned or run.parent is None:
+                return
+            run = run.parent
+            run.holds += 1
+
+    def _hold_up_to(self, run: _Run, place: int) -> None:
+        """The sliding slot of a page is in use now."""
+        if place < run.pinned:
+            return
+        self._num_evictable -= place + 1 - run.pinned
+        was_pinned = run.pinned > 0
+        run.pinned = place + 1
+        if not was_pinned and run.parent is not None:
+            self._hold(run.parent)
+
+    def _settle(self, run: _Run) -> None:
+        """After a reason to keep pages went: what may be evicted now."""
+        while not run.holds:
+            pinned = self._last_in_use(run) if run.in_use else 0
+            was_pinned = run.pinned > 0
+            self._num_evictable += run.pinned - pinned
+            run.pinned = pinned
+            if not run.ticket and run.is_evictable:
+                self._order.offer(run)
+            if pinned or not was_pinned or run.parent is None:
+                return
+            run = run.parent
+            run.holds -= 1
+
+    def _last_in_use(self, run: _Run) -> int:
+        """Pages up to the last one of which a sliding slot is in use."""
+        for place in range(len(run.hashes), 0, -1):
+            for g in self._sliding:
+                slot = run.slots[g][place - 1]
+                if slot >= 0 and self._references[g][slot]:
+                    return place
+        raise AssertionError("no sliding slot is in use")
 
     # ----------------------------------------------------------------------------------- references
 
@@ -231,9 +558,10 @@ class PageIndex:
         if count > len(free):
             if count > self._num_available(group):
                 return None
-            evict = self._evict_entry if self.groups[group].kind == "full" else self._evict_page
-            while count > len(free):
-                evict(group)
+            if group in self._sliding:
+                self._evict_pages(group, count - len(free))
+            else:
+                self._evict_entries(count - len(free))
         if not count:
             return []
         slots = free[-count:]
@@ -252,33 +580,55 @@ class PageIndex:
         """One more reference on each slot; -1 is ignored. Raises ValueError, with nothing changed,
         if one is free."""
         slots = [slot for slot in slots if slot >= 0]
+        references, owners = self._references[group], self._owners[group]
         for slot in slots:
-            if not self._references[group][slot] and self._owners[group][slot] is None:
+            if not references[slot] and owners[slot] is None:
                 raise ValueError(
                     f"slot {slot} of layer group {group} is free and cannot be retained"
                 )
-        self._add_references(group, slots)
+        if group in self._sliding:
+            self._use_sliding(group, slots)
+            return
+        i = 0
+        while i < len(slots):
+            run = owners[slots[i]]
+            if run is None:
+                references[slots[i]] += 1
+                i += 1
+            else:
+                run = self._part(run, group, slots, i)
+                self._add_references(run, group)
+                i += len(run.hashes)
 
-    def _add_references(self, group: int, slots: list[int]) -> None:
-        references, owners = self._references[group], self._owners[group]
-        lru = self._lru[group] if self.groups[group].kind == "sliding" else None
-        linked = self._linked
-        revived = 0
+    def _add_references(self, run: _Run, group: int) -> None:
+        """One more on each page of a run, in a full group."""
+        run.references[group] += 1
+        if run.references[group] == 1:
+            self._num_used[group] += len(run.hashes)
+            self._hold(run)
+
+    def _use_sliding(self, group: int, slots: Sequence[int]) -> None:
+        references, owners, lru = self._references[group], self._owners[group], self._lru[group]
+        revived = place = 0
+        previous = None
         for slot in slots:
-            count = references[slot]
-            references[slot] = count + 1
-            if count:
+            if slot < 0:
+                continue
+            references[slot] += 1
+            if references[slot] > 1:
                 continue
             revived += 1
-            if lru is not None:
-                del lru[slot]
-            if linked:
-                entry = owners[slot]
-                assert entry is not None
-                if entry.pins:
-                    entry.pins += 1
-                else:
-                    self._pin(entry)
+            lru.pop(slot, None)
+            run = owners[slot]
+            assert run is not None
+            run.in_use += 1
+            if self._linked and run.pinned < len(run.hashes):
+                pages = run.slots[group]
+                place += 1
+                if run is not previous or place >= len(pages) or pages[place] != slot:
+                    place = pages.index(slot)
+                previous = run
+                self._hold_up_to(run, place)
         self._num_used[group] += revived
 
     def release(self, group: int, slots: Sequence[int], cold: bool = False) -> None:
@@ -288,119 +638,141 @@ class PageIndex:
         `cold` is for sliding pages that have left the window: they are evicted before all others.
         Raises ValueError at a slot that has no reference, with those before it released.
         """
-        references, owners = self._references[group], self._owners[group]
-        free = self._free[group]
-        lru = self._lru[group] if self.groups[group].kind == "sliding" else None
-        linked = self._linked
-        self._now = now = self._now + 1
-        dropped = 0
-        for slot in slots:
-            if slot < 0:
+        self._now += 1
+        if group in self._sliding:
+            self._release_sliding(group, slots, cold)
+            return
+        if not isinstance(slots, list):
+            slots = list(slots)
+        owners = self._owners[group]
+        i = 0
+        while i < len(slots):
+            slot = slots[i]
+            run = owners[slot] if slot >= 0 else None
+            if run is not None:
+                if not run.references[group]:
+                    raise ValueError(_unreferenced(group, slot))
+                run = self._part(run, group, slots, i)
+                i += len(run.hashes)
+                self._drop_references(run, group)
                 continue
-            count = references[slot] - 1
-            if count > 0:
-                references[slot] = count
-                continue
-            if count < 0:
-                self._num_used[group] -= dropped
-                raise ValueError(f"slot {slot} of layer group {group} has no reference to release")
-            references[slot] = 0
-            dropped += 1
-            entry = owners[slot]
-            if entry is None:
-                free.append(slot)
-                continue
-            if lru is None:
-                entry.last_use = now
-            else:
-                lru[slot] = None
-                if cold:
-                    lru.move_to_end(slot, last=False)
-            if linked:
-                if entry.pins > 1:
-                    entry.pins -= 1
-                else:
-                    self._unpin(entry)
-        self._num_used[group] -= dropped
+            i += 1
+            if slot >= 0 and self._drop_reference(group, slot):
+                self._free[group].append(slot)
 
-    def _pin(self, start: _Entry) -> None:
-        """One more reason to keep an entry; the first one is a reason to keep its parent."""
-        entry: _Entry | None = start
-        while entry is not None:
-            entry.pins += 1
-            if entry.pins > 1:
-                return
-            self._num_evictable -= 1
-            entry = entry.parent
+    def _drop_references(self, run: _Run, group: int) -> None:
+        """One on each page of a run, in a full group."""
+        run.references[group] -= 1
+        if run.references[group]:
+            return
+        self._num_used[group] -= len(run.hashes)
+        run.is_fresh = False
+        self._order.release(run, self._now)
+        run.holds -= 1
+        if not run.holds:
+            self._settle(run)
 
-    def _unpin(self, start: _Entry) -> None:
-        entry: _Entry | None = start
-        while entry is not None:
-            entry.pins -= 1
-            if entry.pins:
-                return
-            self._num_evictable += 1
-            if not entry.children and not entry.queued:
-                self._queue(entry)
-            entry = entry.parent
+    def _drop_reference(self, group: int, slot: int) -> bool:
+        """On a slot that counts its own; whether it was the last."""
+        references = self._references[group]
+        if references[slot] < 1:
+            raise ValueError(_unreferenced(group, slot))
+        references[slot] -= 1
+        if references[slot]:
+            return False
+        self._num_used[group] -= 1
+        return True
+
+    def _release_sliding(self, group: int, slots: Sequence[int], cold: bool) -> None:
+        owners, lru, kept = self._owners[group], self._lru[group], self._kept[group]
+        released: dict[_Run, None] = {}
+        try:
+            for slot in slots:
+                if slot < 0 or not self._drop_reference(group, slot):
+                    continue
+                run = owners[slot]
+                if run is None:
+                    self._free[group].append(slot)
+                    continue
+                run.in_use -= 1
+                released[run] = None
+                if slot not in kept:
+                    lru[slot] = None
+                    if cold:
+                        lru.move_to_end(slot, last=False)
+        finally:
+            if self._linked:
+                for run in released:
+                    self._settle(run)
 
     # ------------------------------------------------------------------------------------- eviction
 
     def _num_available(self, group: int) -> int:
-        """Free and evictable. Entries without pins have only such descendants, so all can go,
-        leaves first; what one group evicts never lowers this for another."""
-        evictable = (
-            self._num_evictable if self.groups[group].kind == "full" else len(self._lru[group])
-        )
-        return len(self._free[group]) + evictable
+        """Free and evictable. Pages beyond the pinned ones have only such descendants, so all can
+        go, leaves first; what one group evicts never lowers this for another."""
+        if group in self._sliding:
+            return len(self._free[group]) + len(self._lru[group])
+        return len(self._free[group]) + self._num_evictable
 
-    def _queue(self, entry: _Entry) -> None:
-        entry.queued = True
-        self._tie += 1
-        heapq.heappush(self._leaves, (entry.last_use, self._tie, entry))
+    def _evict_entries(self, count: int) -> None:
+        """Evict so many entries, all groups of them: the order's choice among leaves. There are as
+        many."""
+        while count:
+            run = self._order.take()
+            assert isinstance(run, _Run)
+            first = max(run.pinned, len(run.hashes) - count)
+            gone = run.hashes[first:]
+            count -= len(gone)
+            self._num_evictable -= len(gone)
+            del run.hashes[first:]
+            for page_hash in gone:
+                del self._runs[page_hash]
+            for g, slots in enumerate(run.slots):
+                cut = slots[first:]
+                del slots[first:]
+                if g in self._sliding:
+                    cut = [slot for slot in cut if slot >= 0]
+                    for slot in cut:
+                        del self._lru[g][slot]
+                owners = self._owners[g]
+                for slot in cut:
+                    owners[slot] = None
+                self._free[g] += cut
+                self.evictions += len(cut)
+            self._order.remove(run, gone)
+            if run.hashes:
+                if run.is_evictable:
+                    self._order.offer(run)
+            elif run.parent is not None:
+                parent = run.parent
+                parent.children -= 1
+                if not parent.ticket and parent.is_evictable:
+                    self._order.offer(parent)
 
-    def _evict_entry(self, group: int) -> None:
-        """Evict the least recently used evictable leaf, all groups of it. There is one."""
-        while True:
-            last_use, _, entry = heapq.heappop(self._leaves)
-            entry.queued = False
-            if entry.pins or entry.children:
-                continue  # it is queued again when it has neither
-            if last_use != entry.last_use:
-                self._queue(entry)  # it was used since: keys only rise, so the heap's order stands
-                continue
-            break
-        del self._entries[entry.hash]
-        for g, slot in enumerate(entry.slots):
-            if slot >= 0:
-                self._owners[g][slot] = None
-                self._free[g].append(slot)
-                self._lru[g].pop(slot, None)
-                self.evictions += 1
-        self._num_evictable -= 1
-        parent = entry.parent
-        if parent is not None:
-            parent.children -= 1
-            if not parent.children and not parent.pins and not parent.queued:
-                self._queue(parent)
-
-    def _evict_page(self, group: int) -> None:
-        """Evict the first sliding page in line, which leaves a tombstone. There is one."""
-        slot, _ = self._lru[group].popitem(last=False)
-        entry = self._owners[group][slot]
-        assert entry is not None
-        self._owners[group][slot] = None
-        self._free[group].append(slot)
-        self.evictions += 1
-        entry.slots[group] = -1
-        if not self._linked and max(entry.slots) < 0:
-            del self._entries[entry.hash]
+    def _evict_pages(self, group: int, count: int) -> None:
+        """Evict the first sliding pages in line, which leaves tombstones. There are as many."""
+        for _ in range(count):
+            slot, _ = self._lru[group].popitem(last=False)
+            run = self._owners[group][slot]
+            assert run is not None
+            run.slots[group][run.slots[group].index(slot)] = -1
+            self._owners[group][slot] = None
+            self._free[group].append(slot)
+            if not self._linked and max(run.slots) < [0]:
+                del self._runs[run.hashes[0]]
+        self.evictions += count
 
     # ------------------------------------------------------------------------------------- counters
 
     def references(self, group: int) -> dict[int, int]:
         """Slots in use and the references on each, for checks."""
-        return {slot: count for slot, count in enumerate(self._references[group]) if count}
+        owners = self._owners[group]
+        found = {}
+        for slot, own in enumerate(self._references[group]):
+            run = owners[slot]
+            if count := own + (run.references[group] if run is not None else 0):
+                found[slot] = count
+        return found
 
     def num_free(self, group: int) -> int:
         return len(self._free[group])
@@ -410,49 +782,71 @@ class PageIndex:
 
     def num_cached(self, group: int) -> int:
         """In the index without a reference. In a full group not all of them need be evictable at
-        once: a page stays while one that continues it is used."""
+        once: a page stays while one that continues it is used, or it is pinned."""
         return self._num_pages[group] - 1 - len(self._free[group]) - self._num_used[group]
 
     def check_integrity(self) -> None:
         """Recompute all state from the entries and references. Raises AssertionError. Takes
         milliseconds."""
-        for page_hash, entry in self._entries.items():
-            where = f"entry {page_hash.hex()[:8]}"
-            assert entry.hash == page_hash, f"{where} is filed under another hash"
-            assert len(entry.slots) == len(self.groups), f"{where} has slots {entry.slots}"
-            assert max(entry.slots) > 0, f"{where} has no page in any layer group"
-            for g in self._full:
-                assert entry.slots[g] > 0, f"{where} lacks full group {g}"
-            for g, slot in enumerate(entry.slots):
-                if slot >= 0:
-                    assert self._owners[g][slot] is entry, (
-                        f"slot {slot} of group {g} is not {where}'s"
-                    )
-            if entry.parent is not None:
-                known = self._entries.get(entry.parent.hash)
-                assert known is entry.parent, f"{where} outlived its parent"
+        runs = list(dict.fromkeys(self._runs.values()))
+        assert sum(len(run.hashes) for run in runs) == len(self._runs), "a page is in no run"
+        for run in runs:
+            self._check_run(run)
         for g in range(len(self.groups)):
             self._check_pool(g)
-        self._check_pins()
-        self._check_leaves()
+        if self._linked:
+            self._check_holds(runs)
+            self._check_leaves(runs)
+
+    def _check_run(self, run: _Run) -> None:
+        where = f"run {run.hashes[0].hex()[:8]}"
+        count = len(run.hashes)
+        assert 0 < count <= _MAX_RUN_PAGES, f"{where} has {count} pages"
+        for page_hash in run.hashes:
+            assert self._runs.get(page_hash) is run, f"{where}: {page_hash.hex()[:8]} is another's"
+        assert len(run.slots) == len(run.references) == len(self.groups), f"{where} lacks a group"
+        for g, slots in enumerate(run.slots):
+            assert len(slots) == count, f"{where} has {len(slots)} slots in group {g}"
+            if g in self._full:
+                assert min(slots) > 0, f"{where} lacks pages in full group {g}"
+                assert run.references[g] >= 0, f"{where}: {run.references[g]} references"
+            else:
+                assert not run.references[g], f"{where} counts references in sliding group {g}"
+            for slot in slots:
+                if slot >= 0:
+                    assert self._owners[g][slot] is run, (
+                        f"slot {slot} of group {g} is not {where}'s"
+                    )
+        if not self._linked:
+            assert count == 1, f"{where} has several pages"
+            assert max(run.slots) > [0], f"{where} has no page in any layer group"
+        if run.parent is not None:
+            parent = run.parent
+            assert self._runs.get(parent.hashes[-1]) is parent, f"{where} outlived its parent"
+            assert parent.end == run.first, f"{where} does not follow its parent"
+        else:
+            assert not self._linked or run.first == 0, f"{where} has no parent"
 
     def _check_pool(self, g: int) -> None:
         free = set(self._free[g])
         assert len(free) == len(self._free[g]), f"group {g}: a slot is free twice"
-        cached, used = set(), set()
+        references = self.references(g)
+        cached = set()
         for slot in range(self._num_pages[g]):
-            references, owner = self._references[g][slot], self._owners[g][slot]
+            owner = self._owners[g][slot]
             where = f"group {g}, slot {slot}"
-            assert references >= 0, f"{where}: {references} references"
+            assert self._references[g][slot] >= 0, f"{where}: negative references"
             if owner is not None:
-                assert self._entries.get(owner.hash) is owner, f"{where}: owner is not in the index"
-                assert owner.slots[g] == slot, f"{where}: owner has slot {owner.slots[g]}"
-            if references:
-                used.add(slot)
-            elif owner is not None:
-                cached.add(slot)
-            else:
-                assert (slot in free) == (slot != 0), f"{where}: leaked, or the null page is free"
+                assert slot in owner.slots[g], f"{where}: not its owner's"
+                assert self._runs.get(owner.hashes[0]) is owner, f"{where}: owner is gone"
+                if g in self._full:
+                    assert not self._references[g][slot], f"{where}: counts for itself"
+            if slot not in references:
+                if owner is not None:
+                    cached.add(slot)
+                else:
+                    assert (slot in free) == (slot != 0), f"{where}: leaked, or the null page free"
+        used = set(references)
         assert 0 not in used | cached, f"group {g}: the null page is in use"
         assert not free & (used | cached), (
             f"group {g}: free slots {free & (used | cached)} have owners"
@@ -461,37 +855,53 @@ class PageIndex:
             f"group {g}: {len(used)} used, counted {self._num_used[g]}"
         )
         assert len(cached) == self.num_cached(g), f"group {g}: {len(cached)} cached, not as counted"
-        if self.groups[g].kind == "sliding":
-            assert cached == set(self._lru[g]), f"group {g}: cached slots are not those in line"
+        kept = Counter(slot for _, _, _, kept in self._pins for slot in kept[g])
+        assert kept == self._kept[g], f"group {g}: kept slots are not those of pins"
+        assert kept.keys() <= used | cached, f"group {g}: a kept slot is free"
+        if g in self._sliding:
+            line = set(self._lru[g])
+            assert line == cached - kept.keys(), f"group {g}: cached slots are not those in line"
         else:
             assert not self._lru[g], f"full group {g} has an eviction line"
 
-    def _check_pins(self) -> None:
-        pins = dict.fromkeys(self._entries.values(), 0)
-        children = dict.fromkeys(self._entries.values(), 0)
-        # An entry follows its parent in the map: it was inserted later and is removed earlier.
-        for entry in reversed(self._entries.values()) if self._linked else ():
-            pins[entry] += sum(
-                slot >= 0 and self._references[g][slot] > 0 for g, slot in enumerate(entry.slots)
-            )
-            if entry.parent is not None:
-                children[entry.parent] += 1
-                pins[entry.parent] += pins[entry] > 0
-        for entry in self._entries.values():
-            where = f"entry {entry.hash.hex()[:8]}"
-            assert entry.pins == pins[entry], f"{where}: {entry.pins} pins, not {pins[entry]}"
-            assert entry.children == children[entry], f"{where}: children not {children[entry]}"
-        evictable = sum(entry.pins == 0 for entry in self._entries.values()) if self._linked else 0
+    def _check_holds(self, runs: list[_Run]) -> None:
+        holds = Counter(run for _, _, run, _ in self._pins if run is not None)
+        children: Counter[_Run] = Counter()
+        evictable = 0
+        for run in sorted(runs, key=lambda run: run.first, reverse=True):  # children first
+            where = f"run {run.hashes[0].hex()[:8]}"
+            used = [
+                place
+                for g in self._sliding
+                for place, slot in enumerate(run.slots[g])
+                if slot >= 0 and self._references[g][slot]
+            ]
+            assert run.in_use == len(used), f"{where}: {run.in_use} sliding slots used"
+            holds[run] += sum(count > 0 for count in run.references)
+            assert run.holds == holds[run], f"{where}: {run.holds} holds, not {holds[run]}"
+            pinned = len(run.hashes) if holds[run] else max(used, default=-1) + 1
+            assert run.pinned == pinned, f"{where}: {run.pinned} pages pinned, not {pinned}"
+            assert run.children == children[run], f"{where}: children not {children[run]}"
+            evictable += len(run.hashes) - pinned
+            if run.parent is not None:
+                children[run.parent] += 1
+                holds[run.parent] += pinned > 0
         assert evictable == self._num_evictable, f"{evictable} evictable, not {self._num_evictable}"
 
-    def _check_leaves(self) -> None:
-        queued = {entry for _, _, entry in self._leaves}
-        assert len(queued) == len(self._leaves), "an entry is queued twice"
-        for last_use, _, entry in self._leaves:
-            assert self._entries.get(entry.hash) is entry, "a queued entry is not in the index"
-            assert last_use <= entry.last_use, "a queued entry's key is too new"
-        for entry in self._entries.values():
-            where = f"entry {entry.hash.hex()[:8]}"
-            assert entry.queued == (entry in queued), f"{where}: wrongly marked as queued"
-            if self._linked and not entry.pins and not entry.children:
-                assert entry.queued, f"{where}: an evictable leaf is not queued"
+    def _check_leaves(self, runs: list[_Run]) -> None:
+        for run in runs:
+            where = f"run {run.hashes[0].hex()[:8]}"
+            assert run.ticket or not run.is_evictable, f"{where}: an evictable leaf is not offered"
+        self._order.check_integrity(runs)
+
+
+def _common(one: Sequence[object], begin: int, other: Sequence[object], at: int, most: int) -> int:
+    """How many items, up to `most`, are equal from one[begin] and other[at] on."""
+    count = 0
+    while count < most and one[begin + count] == other[at + count]:
+        count += 1
+    return count
+
+
+def _unreferenced(group: int, slot: int) -> str:
+    return f"slot {slot} of layer group {group} has no reference to release"

@@ -41,7 +41,7 @@ from pd.events import (
 )
 from pd.leader import Leader
 from pd.messages import AnyMessage, Heartbeat
-from pd.node import Member, Node
+from pd.node import Member, Node, NodeConfig
 from pd.spec import SpecError
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ log = logging.getLogger("pagerelay")
 
 class ReplicaNode(Node):
     """A replica of one rank: leader, model and transport."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config)
+        self._leaving: list[str] = []
+        """Peers whose PeerDown the leader has yet to hear, once for each time."""
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
@@ -101,6 +106,7 @@ class ReplicaNode(Node):
             self._write_ended,
             self._peer_lost,
             self._mover_failed,
+            spec.transfer.max_bytes_in_flight,
             page_bytes=[layout.page_bytes for layout in runner.layouts],
         )
         index = PageIndex(runner.groups, num_pages, spec.page_tokens, reuse=spec.cache.device)
@@ -227,12 +233,28 @@ class ReplicaNode(Node):
 
     def member_joined(self, member: Member) -> None:
         if self.config.role == "prefill" and member.role == "decode":
-            self._mover.connect(member.name, member.transport)
-        self.handle(PeerUp(member.name, member.role, member.topology))
+            parts = [(group, None) for group in range(len(self._runner.groups))]
+            self._mover.connect(member.name, member.transport, parts)
+        joined = PeerUp(member.name, member.role, member.topology)
+        if member.name in self._leaving:
+            self._mover.after(lambda: self._call(self.handle, joined))
+        else:
+            self.handle(joined)
 
     def member_left(self, member: Member, reason: str) -> None:
+        left = PeerDown(member.name, reason)
+        if member.role is None:
+            self.handle(left)
+            return
+        # The leader hears of it when nothing of the peer's can land any more, for it then uses
+        # those pages again.
+        self._leaving.append(member.name)
         self._mover.disconnect(member.name)
-        self.handle(PeerDown(member.name, reason))
+        self._mover.after(lambda: self._call(self._has_left, left))
+
+    def _has_left(self, event: PeerDown) -> None:
+        self._leaving.remove(event.name)
+        self.handle(event)
 
     def tick(self) -> None:
         self.handle(Tick())

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from transfer.backends import backend_names
 
 Role = Literal["prefill", "decode", "both"]
 
@@ -47,6 +49,13 @@ def _replica_range(value: Any) -> Any:
     if not isinstance(value, dict | ReplicaRange):
         raise ValueError("expected a whole number, or a mapping of min and max")
     return value
+
+
+def _known_backend(name: str) -> str:
+    known = backend_names()
+    if name not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return name
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -170,9 +179,12 @@ class RolesSpec(SpecModel):
 
 
 class TransferSpec(SpecModel):
-    backend: Literal["nixl", "loopback"] = "nixl"
+    backend: Annotated[str, AfterValidator(_known_backend)] = "nixl"
+    """nixl and mooncake reach other hosts; shm (host memory) and ipc (GPU memory) stay on one."""
     options: dict[str, str] = {}
     """Parameters of the backend, such as {device_list: mlx5_0} for NIXL's UCX."""
+    max_bytes_in_flight: Bytes | None = None
+    """To one peer; None: four writes of the size that the backend likes best."""
     timeout: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life from the sender, or without the end of a write, after which a
     handover is given up and its request goes on elsewhere."""

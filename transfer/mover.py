@@ -33,6 +33,7 @@ from transfer.transport import (
 
 _IDLE_POLL_S = 0.02
 _RECONNECT_S = 1.0
+_WRITES_IN_FLIGHT = 4
 _NULL_PAGE = np.zeros(1, np.int32)
 
 
@@ -65,7 +66,7 @@ class Mover:
     ends by a fault, after which nothing is reported.
 
     `page_bytes`, by region, is what whole pages have; without it, writes of whole pages are posted
-    uncut.
+    uncut. `max_bytes_in_flight` is per peer; None: four times the transport's `write_bytes`.
     """
 
     def __init__(
@@ -74,14 +75,15 @@ class Mover:
         on_result: Callable[[int, WriteResult], None],
         on_lost: Callable[[str, str], None],
         on_failed: Callable[[BaseException], None],
-        max_bytes_in_flight: int = 128 << 20,
+        max_bytes_in_flight: int | None = None,
         page_bytes: Sequence[int] = (),
     ) -> None:
         self._transport = transport
         self._on_result = on_result
         self._on_lost = on_lost
         self._on_failed = on_failed
-        self._max_bytes_in_flight = max_bytes_in_flight
+        write_bytes = transport.capabilities.write_bytes
+        self._max_bytes_in_flight = max_bytes_in_flight or _WRITES_IN_FLIGHT * write_bytes
         self._page_bytes = tuple(page_bytes)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writes: dict[int, _Write] = {}
@@ -176,6 +178,11 @@ class Mover:
             self._end_if_over(key, write)
 
         self._commands.put(run)
+
+    def after(self, function: Callable[[], None]) -> None:
+        """Call `function` on this thread when all that was asked for before has been begun: after
+        `disconnect`, when nothing of the peer's can land any more."""
+        self._commands.put(function)
 
     def expect(self, expecting: bool) -> None:
         """Whether peers may be writing here now."""

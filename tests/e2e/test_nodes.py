@@ -123,6 +123,8 @@ def tokens_of(outputs: list[Output]) -> list[int]:
         ("ipc", "nixl", "cpu"),
         ("tcp", "nixl", "cpu"),
         ("ipc", "loopback", "cpu"),
+        ("ipc", "shm", "cpu"),
+        ("ipc", "mooncake", "cpu"),
         pytest.param(
             *("ipc", "nixl", "cuda"),
             marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

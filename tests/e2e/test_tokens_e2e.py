@@ -1,5 +1,5 @@
-"""Greedy tokens through prefill, NIXL and decode equal `transformers`' own, for every family and a
-real model."""
+"""Greedy tokens through prefill, transfer and decode equal `transformers`' own: every family, other
+transports, a real model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from reference_model import ReferenceModel
 from pd.bench.tiny import FAMILIES
 from pd.cost import layer_groups, load_config, page_layouts
 from pd.models import resolve_model
+from transfer.backends import make_transport
+from transfer.transport import ConfigurationError
 
 pytestmark = pytest.mark.e2e
 
@@ -74,20 +76,39 @@ class Served:
         return answers
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+CASES = (
+    *((family, "") for family in FAMILIES),
+    ("gemma3_text", "shm"),
+    ("gemma3_text", "mooncake"),
+)
+"""(family, transport); empty: the run's own."""
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def served(
     request: pytest.FixtureRequest,
     start_cluster: Callable[..., Cluster],
     tiny_folder: Callable[[str], Path],
     reference: Callable[[str], ReferenceModel],
 ) -> Iterator[Served]:
-    """A cluster per family, stopped before the next one's starts."""
-    family: str = request.param
+    """A cluster per case, stopped before the next one's starts."""
+    family, backend = request.param
+    if backend:
+        require(backend)
     folder = tiny_folder(family)
-    cluster = start_cluster(spec_for(f"tokens-{family.replace('_', '-')}", folder))
+    changes = {"transfer": {"backend": backend}} if backend else {}
+    cluster = start_cluster(spec_for(f"tokens-{family.replace('_', '-')}", folder, **changes))
     yield Served(cluster, reference(family), page_sizes(folder))
     cluster.wait_idle()
     assert cluster.stop() == 0
+
+
+def require(backend: str) -> None:
+    """Skip, saying what is missing, where a transport's library is not there."""
+    try:
+        make_transport(backend, "probe").close()
+    except ConfigurationError as error:
+        pytest.skip(str(error))
 
 
 def page_sizes(folder: Path) -> list[int]:

@@ -181,6 +181,8 @@ def _environment(address: str, **more: str) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------- clusters
 
+TRANSFER = "nixl"
+"""The backend of specs that name none."""
 NUM_STARTED = 0
 
 
@@ -193,7 +195,7 @@ class Cluster:
         global NUM_STARTED
         NUM_STARTED += 1
         self.name: str = spec["name"]
-        self.spec = spec
+        self.spec = spec = {"transfer": {"backend": TRANSFER}, **spec}
         self.folder = folder
         self.url = ""
         self.key = ""

@@ -262,7 +262,7 @@ def test_the_heap_does_not_grow_with_use():
     hashes = chain("abcdefgh")
     for _ in range(100):
         release(index, fill(index, hashes))
-    assert len(index._leaves) <= len(hashes)
+    assert len(index._order.leaves) <= len(hashes)
 
 
 # ----------------------------------------------------------------------- random calls and an oracle
@@ -417,7 +417,7 @@ class IndexMachine(RuleBasedStateMachine):
         if missing > 0 and self.groups[g].kind == "sliding":
             oracle.evict_pages(g, missing)
         elif missing > 0:
-            gone = {name for page_hash, name in names.items() if page_hash not in index._entries}
+            gone = {name for page_hash, name in names.items() if page_hash not in index._runs}
             assert len(gone) == missing
             oracle.evict_entries(gone)
         assert not set(slots) & set(oracle.references[g])
@@ -527,7 +527,7 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.index.check_integrity()
-        assert {chain(name)[-1] for name in self.oracle.entries} == set(self.index._entries)
+        assert {chain(name)[-1] for name in self.oracle.entries} == set(self.index._runs)
         for g in range(len(self.groups)):
             assert self.index.num_used(g) == len(self.oracle.references[g])
             assert self.index.num_cached(g) == self.oracle.num_cached(g)

@@ -172,7 +172,7 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
     "name": (spec(more="name: My_Cluster"), [("name", "found 'My_Cluster'", "text that matches")]),
     "transfer": (
         spec(more="transfer: {backend: rdma}"),
-        [("transfer.backend", "found 'rdma'", "'nixl' or 'loopback'")],
+        [("transfer.backend", "found 'rdma'", "nixl, mooncake, shm, ipc, loopback")],
     ),
     "transfer option": (
         spec(more="transfer: {options: {threads: 4}}"),

@@ -1,0 +1,358 @@
+"""Eviction orders: which of the pages that may go, goes first.
+
+Pure. An order sees runs: consecutive pages of one sequence with one history. It is told what happens
+to them, keeps its own notes in them, and gives the next leaf to evict from. It does not know slots,
+references or hashes' meaning, and never decides whether a page may be evicted: the index offers only
+leaves, and cuts pages from a run's end, so that the device tier stays prefix-closed under any order.
+Time is the index's counter of calls.
+
+  lru     the least recently used: last released longest ago
+  lfu     the least often matched; among equals the least recently used
+  slru    what was never matched before what was; each by last use. At most four fifths of the pages
+          are protected by a match: beyond, those matched longest ago count as new again.
+  s3fifo  queues by time of insertion: a small one for new pages (a tenth), from which those matched
+          twice move to the main one, and a list of what left the small one unmatched, which enters
+          the main one when it comes again. In the main one, a match buys another round.
+          (Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023)
+  cost    GreedyDual: each page is worth what it takes to recompute, above the worth of what was last
+          evicted when it was last used. A token at position p costs p / 24,576 more than the first
+          one: attention's share passes the rest of the model near six hidden sizes (4 x hidden x p
+          against 24 x hidden^2 operations a layer), and 4,096 is a usual hidden size.
+          (Young, The k-server dual and loose competitiveness for paging, 1994; Cao and Irani, 1997)
+
+Every step takes O(log n) of the leaves, amortised over the matches and insertions.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TypeAlias
+
+_PROTECTED = 0.8
+_SMALL = 0.1
+_MAX_HITS = 3
+_EQUAL_COST_TOKENS = 24_576
+
+Key: TypeAlias = tuple[int, int]
+
+
+class Run(ABC):
+    """What an order knows of some consecutive pages. The fields are the order's own."""
+
+    __slots__ = ("age", "hits", "level", "ticket")
+
+    def __init__(self, level: int = 0) -> None:
+        self.age = 0
+        self.hits = 0
+        self.level = level
+        """Which queue or class it is in."""
+        self.ticket = 0
+        """Of its record among the leaves; 0 when it has none."""
+
+    @property
+    @abstractmethod
+    def num_pages(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def end(self) -> int:
+        """Position in the sequence after its last page."""
+
+    @property
+    @abstractmethod
+    def is_evictable(self) -> bool:
+        """A leaf, and its last page at least may go."""
+
+
+class Leaves:
+    """Offered runs, smallest key first: a heap with one valid record for each.
+
+    A record stays when its run is used again, and is brought up to date when it comes to the top.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int, Run]] = []
+        self._num_valid = 0
+        self._ticket = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def clear(self) -> None:
+        self._heap.clear()
+        self._num_valid = 0
+
+    def check_integrity(self, runs: Sequence[Run]) -> None:
+        valid = [record[3] for record in self._heap if record[2] == record[3].ticket]
+        assert len(valid) == self._num_valid, f"{len(valid)} leaves, not {self._num_valid}"
+        assert set(valid) <= set(runs), "a leaf that is gone"
+
+    def push(self, key: Key, run: Run) -> None:
+        """Replaces the run's record, if it has one here."""
+        if not run.ticket:
+            self._num_valid += 1
+        self._ticket += 1
+        run.ticket = self._ticket
+        heapq.heappush(self._heap, (*key, self._ticket, run))
+        if len(self._heap) > 2 * self._num_valid + 16:
+            self._heap = [record for record in self._heap if record[2] == record[3].ticket]
+            heapq.heapify(self._heap)
+
+    def pop(self) -> tuple[Key, Run] | None:
+        """The evictable run with the smallest recorded key."""
+        while self._heap:
+            first, second, ticket, run = heapq.heappop(self._heap)
+            if ticket != run.ticket:
+                continue
+            run.ticket = 0
+            self._num_valid -= 1
+            if run.is_evictable:
+                return (first, second), run
+        return None
+
+
+class Order(ABC):
+    """Base of all: one heap of leaves under `key`, which may rise between two offers of a run."""
+
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        """Of the pool that it is to order."""
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self.leaves = Leaves()
+
+    @abstractmethod
+    def key(self, run: Run) -> Key:
+        """The smallest goes first. Among runs with equal keys, the one offered first."""
+
+    def admit(self, hashes: Sequence[bytes], begin: int) -> tuple[int, int]:
+        """(level of the new page hashes[begin], how many from there have the same)."""
+        return 0, len(hashes) - begin
+
+    def add(self, run: Run, hashes: Sequence[bytes], now: int) -> None:
+        """`hashes` are in the index now, as a new run or at the end of one that is still as
+        added."""
+
+    def hit(self, run: Run, now: int) -> None:
+        """A request reuses it."""
+
+    def release(self, run: Run, now: int) -> None:
+        """Its last reference was dropped."""
+        run.age = now
+
+    def split(self, head: Run, tail: Run) -> None:
+        """`head` is a new run for the first pages of what is now `tail`, with the same history."""
+        head.age, head.hits, head.level = tail.age, tail.hits, tail.level
+
+    def remove(self, run: Run, hashes: Sequence[bytes]) -> None:
+        """These were evicted from its end; it may be empty."""
+
+    def clear(self) -> None:
+        self.leaves.clear()
+
+    def check_integrity(self, runs: Sequence[Run]) -> None:
+        """Recompute its counts from all runs there are. Raises AssertionError."""
+        self.leaves.check_integrity(runs)
+
+    def offer(self, run: Run) -> None:
+        """It has become evictable (or is again, after `take`), and has no ticket."""
+        self.leaves.push(self.key(run), run)
+
+    def take(self) -> Run:
+        """The next run to evict from, no longer offered. There is one."""
+        while True:
+            found = self.leaves.pop()
+            assert found is not None, "nothing evictable was offered"
+            recorded, run = found
+            key = self.key(run)
+            if key == recorded:
+                return run
+            self.leaves.push(key, run)  # used since
+
+
+class LruOrder(Order):
+    def key(self, run: Run) -> Key:
+        return (run.age, 0)
+
+
+class LfuOrder(Order):
+    def key(self, run: Run) -> Key:
+        return (run.hits, run.age)
+
+    def hit(self, run: Run, now: int) -> None:
+        run.hits += 1
+
+
+class SlruOrder(Order):
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        super().__init__(num_pages, page_tokens)
+        self._limit = int(num_pages * _PROTECTED)
+        self._protected: OrderedDict[Run, None] = OrderedDict()
+        """By last match (or split)."""
+        self._num_protected = 0
+
+    def key(self, run: Run) -> Key:
+        return (run.level, run.age)
+
+    def hit(self, run: Run, now: int) -> None:
+        if run.level:
+            self._protected.move_to_end(run)
+            return
+        run.level = 1
+        self._protected[run] = None
+        self._num_protected += run.num_pages
+        while self._num_protected > self._limit:
+            demoted, _ = self._protected.popitem(last=False)
+            self._num_protected -= demoted.num_pages
+            demoted.level, demoted.age = 0, now
+            if demoted.ticket:  # a key that falls: the record has to be replaced
+                self.leaves.push(self.key(demoted), demoted)
+
+    def split(self, head: Run, tail: Run) -> None:
+        super().split(head, tail)
+        if head.level:
+            self._protected[head] = None
+
+    def remove(self, run: Run, hashes: Sequence[bytes]) -> None:
+        if run.level:
+            self._num_protected -= len(hashes)
+            if not run.num_pages:
+                del self._protected[run]
+
+    def clear(self) -> None:
+        super().clear()
+        self._protected.clear()
+        self._num_protected = 0
+
+    def check_integrity(self, runs: Sequence[Run]) -> None:
+        super().check_integrity(runs)
+        protected = {run for run in runs if run.level}
+        assert protected == set(self._protected), "protected runs are not those in line"
+        count = sum(run.num_pages for run in protected)
+        assert count == self._num_protected <= self._limit, f"{count} pages protected"
+
+
+class S3FifoOrder(Order):
+    """Level 0 is the small queue, 1 the main one; `leaves` are the small queue's."""
+
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        super().__init__(num_pages, page_tokens)
+        self._limit = int(num_pages * _SMALL)
+        self._num_small = 0
+        self._main = Leaves()
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._max_ghosts = num_pages - self._limit
+        self._place = 0
+
+    def key(self, run: Run) -> Key:
+        return (run.age, 0)
+
+    def admit(self, hashes: Sequence[bytes], begin: int) -> tuple[int, int]:
+        ghosts = self._ghosts
+        known = hashes[begin] in ghosts
+        end = begin + 1
+        while end < len(hashes) and (hashes[end] in ghosts) is known:
+            end += 1
+        return int(known), end - begin
+
+    def add(self, run: Run, hashes: Sequence[bytes], now: int) -> None:
+        if not run.age:
+            run.age = self._next_place()
+        if run.level:
+            for page_hash in hashes:
+                del self._ghosts[page_hash]
+        else:
+            self._num_small += len(hashes)
+
+    def hit(self, run: Run, now: int) -> None:
+        if run.hits < _MAX_HITS:
+            run.hits += 1
+
+    def release(self, run: Run, now: int) -> None:
+        pass
+
+    def remove(self, run: Run, hashes: Sequence[bytes]) -> None:
+        if run.level:
+            return
+        self._num_small -= len(hashes)
+        for page_hash in hashes:
+            self._ghosts[page_hash] = None
+        while len(self._ghosts) > self._max_ghosts:
+            self._ghosts.popitem(last=False)
+
+    def clear(self) -> None:
+        super().clear()
+        self._main.clear()
+        self._ghosts.clear()
+        self._num_small = 0
+
+    def check_integrity(self, runs: Sequence[Run]) -> None:
+        self.leaves.check_integrity([run for run in runs if not run.level])
+        self._main.check_integrity([run for run in runs if run.level])
+        count = sum(run.num_pages for run in runs if not run.level)
+        assert count == self._num_small, f"{count} pages in the small queue, not {self._num_small}"
+        assert len(self._ghosts) <= self._max_ghosts, f"{len(self._ghosts)} ghosts"
+
+    def offer(self, run: Run) -> None:
+        (self._main if run.level else self.leaves).push(self.key(run), run)
+
+    def take(self) -> Run:
+        while True:
+            found = self.leaves.pop() if self._num_small > self._limit else None
+            found = found or self._main.pop() or self.leaves.pop()
+            assert found is not None, "nothing evictable was offered"
+            run = found[1]
+            if run.level and run.hits:
+                run.hits -= 1
+            elif not run.level and run.hits > 1:
+                run.level, run.hits = 1, 0
+                self._num_small -= run.num_pages
+            else:
+                return run
+            run.age = self._next_place()
+            self._main.push(self.key(run), run)
+
+    def _next_place(self) -> int:
+        self._place += 1
+        return self._place
+
+
+class CostOrder(Order):
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        super().__init__(num_pages, page_tokens)
+        # In units of what one page's depth adds, so that all sums are of whole numbers.
+        self._flat = max(1, _EQUAL_COST_TOKENS // page_tokens)
+        self._evicted = 0
+
+    def key(self, run: Run) -> Key:
+        return (run.age + self._flat + run.end, 0)
+
+    def release(self, run: Run, now: int) -> None:
+        run.age = self._evicted
+
+    def take(self) -> Run:
+        run = super().take()
+        self._evicted = max(self._evicted, self.key(run)[0])
+        return run
+
+
+_ORDERS: dict[str, type[Order]] = {
+    "lru": LruOrder,
+    "lfu": LfuOrder,
+    "slru": SlruOrder,
+    "s3fifo": S3FifoOrder,
+    "cost": CostOrder,
+}
+
+
+def order_names() -> tuple[str, ...]:
+    return tuple(_ORDERS)
+
+
+def make_order(name: str, num_pages: int, page_tokens: int) -> Order:
+    """Raises ValueError for an unknown name."""
+    if name not in _ORDERS:
+        raise ValueError(f"eviction order: found {name!r}, expected one of {', '.join(_ORDERS)}")
+    return _ORDERS[name](num_pages, page_tokens)

@@ -1,0 +1,14 @@
+import pytest
+import real_cluster
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--transfer",
+        default="nixl",
+        help="the backend that end-to-end tests use where they do not name one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    real_cluster.TRANSFER = config.getoption("--transfer")
