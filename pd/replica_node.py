@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, assert_never
@@ -55,8 +56,9 @@ class ReplicaNode(Node):
 
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config)
-        self._leaving: list[str] = []
-        """Peers whose PeerDown the leader has yet to hear, once for each time."""
+        self._untold: Counter[str] = Counter()
+        """Peers' comings and goings that the leader has yet to hear of. Meanwhile it takes the name
+        for another process than it is, so nothing is said to it or heard of it."""
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
@@ -169,7 +171,8 @@ class ReplicaNode(Node):
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Send(to, message):
-                self.send(to, message)
+                if not self._untold[to]:
+                    self.send(to, message)
             case RunStep(command):
                 self._submit(self._compute, lambda: StepDone(self._runner.step(command)))
             case Write(write_id, peer, group, source, target, part, handover):
@@ -229,31 +232,36 @@ class ReplicaNode(Node):
         self.failure = f"{type(error).__name__}: {error}"
 
     def received(self, sender: str, message: AnyMessage) -> None:
-        self.handle(Received(sender, message))
+        if self._untold[sender]:
+            self.dropped_messages += 1
+        else:
+            self.handle(Received(sender, message))
 
     def member_joined(self, member: Member) -> None:
         if self.config.role == "prefill" and member.role == "decode":
             parts = [(group, None) for group in range(len(self._runner.groups))]
             self._mover.connect(member.name, member.transport, parts)
-        joined = PeerUp(member.name, member.role, member.topology)
-        if member.name in self._leaving:
-            self._mover.after(lambda: self._call(self.handle, joined))
-        else:
-            self.handle(joined)
+        self._tell(PeerUp(member.name, member.role, member.topology))
 
     def member_left(self, member: Member, reason: str) -> None:
-        left = PeerDown(member.name, reason)
-        if member.role is None:
-            self.handle(left)
-            return
-        # The leader hears of it when nothing of the peer's can land any more, for it then uses
-        # those pages again.
-        self._leaving.append(member.name)
-        self._mover.disconnect(member.name)
-        self._mover.after(lambda: self._call(self._has_left, left))
+        if member.role is not None:
+            # The leader hears of it when nothing of the peer's can land any more, for it then uses
+            # those pages again.
+            self._untold[member.name] += 1
+            self._mover.disconnect(member.name)
+        self._tell(PeerDown(member.name, reason))
 
-    def _has_left(self, event: PeerDown) -> None:
-        self._leaving.remove(event.name)
+    def _tell(self, event: PeerUp | PeerDown) -> None:
+        """At once, or after what it has not been told of this peer."""
+        if not self._untold[event.name]:
+            self.handle(event)
+            return
+        if isinstance(event, PeerUp):
+            self._untold[event.name] += 1
+        self._mover.after(lambda: self._call(self._tell_now, event))
+
+    def _tell_now(self, event: PeerUp | PeerDown) -> None:
+        self._untold[event.name] -= 1
         self.handle(event)
 
     def tick(self) -> None:

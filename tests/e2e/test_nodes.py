@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from real_cluster import require
 from transformers import AutoModelForCausalLM
 
 from pd import messages
@@ -134,6 +135,7 @@ def tokens_of(outputs: list[Output]) -> list[int]:
 def test_tokens_are_exact_and_everything_is_given_back(
     model_folder: Path, tmp_path: Path, network: str, backend: str, device: str
 ) -> None:
+    require(backend)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, length).tolist() for length in PROMPT_LENGTHS]
     params = SamplingParams(max_tokens=10, temperature=0.0)
@@ -153,6 +155,42 @@ def test_tokens_are_exact_and_everything_is_given_back(
             assert prefill.leader.load().kv_bytes > 0
             assert decode.leader.load().handovers_failed == 0
             assert prefill.dropped_messages == decode.dropped_messages == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("backend", ["nixl", "shm", "mooncake"])
+def test_a_replica_restarted_under_its_name_serves_the_next_request(
+    model_folder: Path, tmp_path: Path, backend: str
+) -> None:
+    require(backend)
+    prompts = [np.random.default_rng(seed).integers(0, 256, 70).tolist() for seed in (1, 2)]
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+
+    async def run() -> None:
+        spec = make_spec(model_folder, backend, "cpu")
+        async with cluster(spec, str(tmp_path)) as (client, old, decode):
+            outputs = await collect(client, prompts[0], params)
+            assert tokens_of(outputs) == reference(model_folder, prompts[0], 5)
+            await asyncio.wait_for(old.stop(), _DEADLINE_S)
+            new = ReplicaNode(old.config)
+            member = await asyncio.wait_for(new.start(), _DEADLINE_S)
+            try:
+                before = client._members["prefill-0"]
+                assert member.incarnation != before.incarnation
+                members = [member, client._members["decode-0"], decode._members["api-0"]]
+                # The API hears of it last, as the controller sees to.
+                for node in (new, decode):
+                    node.set_members(members)
+                await wait_until(lambda: not decode._untold.total())
+                client.set_members(members)
+                outputs = await collect(client, prompts[1], params)
+                assert tokens_of(outputs) == reference(model_folder, prompts[1], 5)
+                assert new.leader.load().kv_bytes > 0
+                assert decode.leader.load().handovers_failed == 0
+                await wait_until(lambda: new.leader.is_idle and decode.leader.is_idle)
+            finally:
+                await asyncio.wait_for(new.stop(), _DEADLINE_S)
 
     asyncio.run(run())
 

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_cluster import Answer, Cluster
+from real_cluster import Answer, Cluster, require
 from reference_model import ReferenceModel
 
 from pd.bench.tiny import FAMILIES
 from pd.cost import layer_groups, load_config, page_layouts
 from pd.models import resolve_model
-from transfer.backends import make_transport
-from transfer.transport import ConfigurationError
 
 pytestmark = pytest.mark.e2e
 
@@ -101,14 +99,6 @@ def served(
     yield Served(cluster, reference(family), page_sizes(folder))
     cluster.wait_idle()
     assert cluster.stop() == 0
-
-
-def require(backend: str) -> None:
-    """Skip, saying what is missing, where a transport's library is not there."""
-    try:
-        make_transport(backend, "probe").close()
-    except ConfigurationError as error:
-        pytest.skip(str(error))
 
 
 def page_sizes(folder: Path) -> list[int]:

@@ -22,8 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import yaml
+
+from transfer.backends import make_transport
+from transfer.transport import ConfigurationError
 
 START_S = 120.0
 STOP_S = 30.0
@@ -38,6 +42,14 @@ def wait_until(
         assert time.monotonic() < end, f"not within {timeout_s:g} s: {what}"
         time.sleep(every_s)
     return value
+
+
+def require(backend: str) -> None:
+    """Skip, saying what is missing, where a transport's library is not there."""
+    try:
+        make_transport(backend, "probe").close()
+    except ConfigurationError as error:
+        pytest.skip(str(error))
 
 
 def free_ports(count: int) -> list[int]:

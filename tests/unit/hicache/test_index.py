@@ -5,10 +5,18 @@ import dataclasses
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+)
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
+from hicache.policy import order_names, prefix_cost
 from transfer.layout import LayerGroup
 
 PAGE_TOKENS = 2
@@ -273,6 +281,9 @@ class OracleEntry:
     parent: str
     slots: list[int]
     last_use: int = 0
+    hits: int = 0
+    floor: int = 0
+    """`cost`: the most that an evicted page was worth, at the last use."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -284,7 +295,10 @@ class Holder:
 class Oracle:
     """The rules again, without counters, links or queues: everything is looked for when asked."""
 
-    def __init__(self, groups: list[LayerGroup], num_pages: list[int]) -> None:
+    def __init__(self, groups: list[LayerGroup], num_pages: list[int], order: str) -> None:
+        self.order = order
+        self.evicted_worth = 0
+        self.pins: list[tuple[int, str, list[list[int]]]] = []  # until, pages, sliding slots
         self.groups = groups
         self.num_pages = num_pages
         self.entries: dict[str, OracleEntry] = {}
@@ -311,8 +325,8 @@ class Oracle:
         return next((e for e in self.entries.values() if e.slots[g] == slot), None)
 
     def pinned(self, pages: str) -> bool:
-        """Whether a page of this entry or of one that continues it is used."""
-        return any(
+        """Whether a page of this entry or of one that continues it is used or pinned."""
+        return any(pin.startswith(pages) for _, pin, _ in self.pins) or any(
             slot in self.references[g]
             for other, entry in self.entries.items()
             if other.startswith(pages)
@@ -331,8 +345,37 @@ class Oracle:
 
     def num_available(self, g: int) -> int:
         if self.groups[g].kind == "sliding":
-            return self.num_free(g) + self.num_cached(g)
+            return self.num_free(g) + len(self.lines[g])
         return self.num_free(g) + sum(not self.pinned(pages) for pages in self.entries)
+
+    def acquire(self, pages: str, slots: list[list[int]]) -> None:
+        for g, group_slots in enumerate(slots):
+            self.retain(g, group_slots)
+        for end in range(len(pages)):
+            if pages[: end + 1] in self.entries:
+                self.entries[pages[: end + 1]].hits += 1
+
+    def kept(self, g: int, slot: int) -> bool:
+        return any(slot in slots[g] for _, _, slots in self.pins)
+
+    def pin(self, pages: str, until: int) -> None:
+        slots: list[list[int]] = [[] for _ in self.groups]
+        for g, group in enumerate(self.groups):
+            if group.kind == "sliding":
+                first = group.first_needed_page(len(pages) * PAGE_TOKENS, PAGE_TOKENS)
+                ends = range(first + 1, len(pages) + 1)
+                slots[g] = [self.entries[pages[:end]].slots[g] for end in ends]
+                self.lines[g] = [slot for slot in self.lines[g] if slot not in slots[g]]
+        self.pins.append((until, pages, slots))
+
+    def expire(self, now: int) -> int:
+        ended = sorted((pin for pin in self.pins if pin[0] <= now), key=lambda pin: pin[0])
+        for pin in ended:
+            self.pins.remove(pin)
+            for g, slots in enumerate(pin[2]):
+                free = [slot for slot in slots if slot not in self.references[g]]
+                self.lines[g] += [slot for slot in free if not self.kept(g, slot)]
+        return len(ended)
 
     def retain(self, g: int, slots: list[int]) -> None:
         for slot in slots:
@@ -352,9 +395,11 @@ class Oracle:
             del self.references[g][slot]
             owner = self.owner(g, slot)
             if owner is not None and self.groups[g].kind == "sliding":
-                self.lines[g].insert(0 if cold else len(self.lines[g]), slot)
+                if not self.kept(g, slot):
+                    self.lines[g].insert(0 if cold else len(self.lines[g]), slot)
             elif owner is not None:
                 owner.last_use = self.now
+                owner.floor = self.evicted_worth
 
     def insert(self, pages: str, slots: list[list[int]], first: int) -> None:
         for i in range(first, len(pages)):
@@ -370,6 +415,21 @@ class Oracle:
             elif max(given) > 0:
                 self.entries[name] = OracleEntry(parent, given)
 
+    def worth(self, name: str) -> tuple[int, ...]:
+        """The smallest goes first; equal where an order's choice is not followed here (those are
+        in test_policy.py)."""
+        entry = self.entries[name]
+        match self.order:
+            case "lru":
+                return (entry.last_use,)
+            case "lfu":
+                return (entry.hits, entry.last_use)
+            case "cost":
+                depth = len(name)
+                cost = prefix_cost(depth, PAGE_TOKENS) - prefix_cost(depth - 1, PAGE_TOKENS)
+                return (entry.floor + cost,)
+        return ()
+
     def evict_entries(self, gone: set[str]) -> None:
         """Remove what the index chose, after checking the choice; equal ages leave it a choice."""
         leaves = {name for name in self.entries if self.leaf(name) and not self.pinned(name)}
@@ -377,7 +437,9 @@ class Oracle:
             assert not self.pinned(name), "evicted a used page, or one that a used page continues"
             assert all(e in gone for e, entry in self.entries.items() if entry.parent == name)
             for other in leaves - gone:
-                assert self.entries[name].last_use <= self.entries[other].last_use
+                assert self.worth(name) <= self.worth(other)
+        if self.order == "cost":
+            self.evicted_worth = max(self.evicted_worth, *(self.worth(name)[0] for name in gone))
         for name in gone:
             for g, slot in enumerate(self.entries.pop(name).slots):
                 if slot in self.lines[g]:
@@ -398,11 +460,12 @@ class IndexMachine(RuleBasedStateMachine):
     holders = Bundle("holders")
     sequences = st.text(alphabet="ab", min_size=1, max_size=6)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.index = PageIndex(self.groups, self.num_pages, PAGE_TOKENS)
-        self.oracle = Oracle(list(self.groups), list(self.num_pages))
+    @initialize(order=st.sampled_from(order_names()))
+    def create(self, order: str) -> None:
+        self.index = PageIndex(self.groups, self.num_pages, PAGE_TOKENS, order=order)
+        self.oracle = Oracle(list(self.groups), list(self.num_pages), order)
         self.live: list[Holder] = []
+        self.now = 0
 
     def allocate(self, g: int, count: int) -> list[int] | None:
         index, oracle = self.index, self.oracle
@@ -435,7 +498,7 @@ class IndexMachine(RuleBasedStateMachine):
             first = group.first_needed_page(hit * PAGE_TOKENS, PAGE_TOKENS)
             expected = [self.oracle.entries[pages[: i + 1]].slots[g] for i in range(first, hit)]
             assert slots[g] == [-1] * first + expected
-            self.oracle.retain(g, slots[g])
+        self.oracle.acquire(pages[:hit], slots)
         counts = [len(pages) - hit] * len(self.groups)
         possible = self.index.can_allocate(counts)
         assert possible == all(c <= self.oracle.num_available(g) for g, c in enumerate(counts))
@@ -512,14 +575,27 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(pages=sequences)
     def touch(self, pages: str) -> None:
         hit = self.index.match(chain(pages))
-        for g, slots in enumerate(self.index.acquire(chain(pages)[:hit])):
-            self.oracle.retain(g, slots)
+        taken = self.index.acquire(chain(pages)[:hit])
+        self.oracle.acquire(pages[:hit], taken)
+        for g, slots in enumerate(taken):
             self.index.release(g, slots)
             self.oracle.release(g, slots)
+
+    @rule(pages=sequences, period=st.integers(1, 6))
+    def pin(self, pages: str, period: int) -> None:
+        hit = self.index.match(chain(pages))
+        self.index.pin(chain(pages)[:hit], self.now + period)
+        self.oracle.pin(pages[:hit], self.now + period)
+
+    @rule(period=st.integers(1, 4))
+    def wait(self, period: int) -> None:
+        self.now += period
+        assert self.index.expire(self.now) == self.oracle.expire(self.now)
 
     @rule()
     def clear(self) -> None:
         self.index.clear()
+        self.oracle.pins.clear()
         self.oracle.entries.clear()
         for line in self.oracle.lines:
             line.clear()
@@ -550,7 +626,7 @@ class FullMachine(IndexMachine):
 
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
