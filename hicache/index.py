@@ -272,6 +272,8 @@ class PageIndex:
         count = len(hashes)
         while known < count and (run := self._runs.get(hashes[known])) is not None:
             above, place = run, first_page + known - run.first
+            if not 0 <= place < len(run.hashes) or run.hashes[place] != hashes[known]:
+                raise ValueError(f"hash {known} is not page {first_page + known} of its sequence")
             same = min(len(run.hashes) - place, count - known)
             if run.hashes[place + same - 1] != hashes[known + same - 1]:
                 same = _common(run.hashes, place, hashes, known, same)
@@ -294,7 +296,7 @@ class PageIndex:
         """Pages that are not in the index, under the page before `first` in `above`."""
         if above is not None and above.end > first:
             above = self._split(above, first - above.first)
-        counts = [[self._references[g][slot] for slot in slots[g]] for g in self._full]
+        counts = [list(map(self._references[g].__getitem__, slots[g])) for g in self._full]
         begin = 0
         while begin < len(hashes):
             level, num_pages = self._order.admit(hashes, begin)
@@ -387,13 +389,16 @@ class PageIndex:
 
     def _check_insertable(self, slots: list[list[int]]) -> None:
         for g, group_slots in enumerate(slots):
-            references, owners = self._references[g], self._owners[g]
-            for slot in group_slots:
-                if slot >= 0 and (owners[slot] is not None or references[slot] < 1):
-                    raise ValueError(
-                        f"slot {slot} of layer group {g} is unused or holds another page"
-                    )
-            if len(set(group_slots)) < len(group_slots) - max(0, group_slots.count(-1) - 1):
+            if g in self._sliding:
+                group_slots = [slot for slot in group_slots if slot >= 0]
+                if any(self._owners[g][slot] is not None for slot in group_slots):
+                    raise ValueError(f"layer group {g}: a slot of {group_slots} holds another page")
+            # In full groups, slots that hold a page do not count their references themselves.
+            if group_slots and min(map(self._references[g].__getitem__, group_slots)) < 1:
+                raise ValueError(
+                    f"layer group {g}: a slot of {group_slots} is unused or holds another page"
+                )
+            if len(set(group_slots)) < len(group_slots):
                 raise ValueError(f"layer group {g}: two pages in one slot")
 
     def clear(self) -> None:

@@ -322,8 +322,7 @@ class S3FifoOrder(Order):
 class CostOrder(Order):
     def __init__(self, num_pages: int, page_tokens: int) -> None:
         super().__init__(num_pages, page_tokens)
-        # In units of what one page's depth adds, so that all sums are of whole numbers.
-        self._flat = max(1, _EQUAL_COST_TOKENS // page_tokens)
+        self._flat = _flat_cost(page_tokens)
         self._evicted = 0
 
     def key(self, run: Run) -> Key:
@@ -345,6 +344,16 @@ _ORDERS: dict[str, type[Order]] = {
     "s3fifo": S3FifoOrder,
     "cost": CostOrder,
 }
+
+
+def prefix_cost(num_pages: int, page_tokens: int) -> int:
+    """What it takes to compute the first pages of a sequence, as `cost` weighs them."""
+    return num_pages * _flat_cost(page_tokens) + num_pages * (num_pages + 1) // 2
+
+
+def _flat_cost(page_tokens: int) -> int:
+    """Of any page, in units of what one page's depth adds, so that all sums are whole numbers."""
+    return max(1, _EQUAL_COST_TOKENS // page_tokens)
 
 
 def order_names() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from hicache import index as index_module
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
 from hicache.policy import order_names, prefix_cost
@@ -457,11 +458,13 @@ class Oracle:
 class IndexMachine(RuleBasedStateMachine):
     groups = (FULL, sliding(4))
     num_pages = (9, 7)
+    max_run_pages = index_module._MAX_RUN_PAGES
     holders = Bundle("holders")
     sequences = st.text(alphabet="ab", min_size=1, max_size=6)
 
     @initialize(order=st.sampled_from(order_names()))
     def create(self, order: str) -> None:
+        index_module._MAX_RUN_PAGES = self.max_run_pages
         self.index = PageIndex(self.groups, self.num_pages, PAGE_TOKENS, order=order)
         self.oracle = Oracle(list(self.groups), list(self.num_pages), order)
         self.live: list[Holder] = []
@@ -592,6 +595,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.now += period
         assert self.index.expire(self.now) == self.oracle.expire(self.now)
 
+    def teardown(self) -> None:
+        index_module._MAX_RUN_PAGES = IndexMachine.max_run_pages
+
     @rule()
     def clear(self) -> None:
         self.index.clear()
@@ -613,6 +619,7 @@ class IndexMachine(RuleBasedStateMachine):
 class TwoFullMachine(IndexMachine):
     groups = (FULL, sliding(3), FULL)
     num_pages = (9, 9, 12)
+    max_run_pages = 2
 
 
 class SlidingMachine(IndexMachine):
