@@ -477,6 +477,10 @@ def bench_transfer(
     page_tokens: Annotated[
         list[int], typer.Option(min=1, help="Tokens in a page; may be given again.")
     ] = [64, 16],  # noqa: B006
+    pool: Annotated[
+        list[str],
+        typer.Option(help="page-first, layer-first or '4 KiB pages'; may be given again."),
+    ] = ["page-first", "layer-first", "4 KiB pages"],  # noqa: B006
     tokens: Annotated[
         list[int],
         typer.Option(
@@ -522,6 +526,7 @@ def bench_transfer(
             backends=tuple(backend),
             pairs=tuple(pair),
             page_tokens=tuple(page_tokens),
+            pools=tuple(pool),
             tokens=tuple(tokens),
             pool_bytes=pool_bytes,
             device="cuda" if device == "cuda" else "cpu",
@@ -570,6 +575,133 @@ def bench_transfer(
         raise _Failure(str(error)) from error
     if report.interrupted:
         raise typer.Exit(130)
+
+
+@bench.command("cache")
+def bench_cache(
+    page_tokens: Annotated[
+        list[int], typer.Option(min=1, help="Tokens in a page; may be given again.")
+    ] = [16, 64],  # noqa: B006
+    order: Annotated[
+        list[str],
+        typer.Option(help="lru, lfu, slru, s3fifo or cost; may be given again. Default: all."),
+    ] = [],  # noqa: B006
+    sessions: Annotated[int, typer.Option(min=1)] = 1000,
+    turns: Annotated[int, typer.Option(min=1, help="Of each session.")] = 10,
+    turn_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a turn.")] = 512,
+    rounds: Annotated[
+        bool, typer.Option("--rounds", help="All sessions' first turns, then the second ones...")
+    ] = False,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time the page index on conversations: a turn's median and p99, with ample and scarce room."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pd.bench.cache import (
+        WIDTH,
+        CacheOptions,
+        check_options,
+        print_cache_report,
+        run_cache_bench,
+    )
+    from pd.bench.errors import BenchError
+
+    try:
+        options = CacheOptions(
+            sessions=sessions,
+            turns=turns,
+            turn_tokens=turn_tokens,
+            page_tokens=tuple(page_tokens),
+            orders=tuple(order) or CacheOptions().orders,
+            interleaving="rounds" if rounds else "random",
+            seed=seed,
+        )
+        check_options(options)
+    except BenchError as error:
+        raise _Failure(str(error), 2) from error
+    bar = _console(stderr=True)
+    quiet = not bar.is_terminal
+    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
+        task = progress.add_task("starting", total=options.num_rows)
+        report = run_cache_bench(
+            options, lambda title, done: progress.update(task, description=title, completed=done)
+        )
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        width = max(WIDTH, _console().width)
+        print_cache_report(report, Console(width=width, soft_wrap=True))
+    if report.interrupted:
+        raise typer.Exit(130)
+
+
+# ------------------------------------------------------------------------------------------- replay
+
+
+@app.command()
+def replay(
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="JSON lines in Mooncake's format.")
+    ],
+    capacity: Annotated[
+        list[int],
+        typer.Option(
+            min=1, help="In blocks; may be given again. Default: 1,000 to 100,000 in five steps."
+        ),
+    ] = [],  # noqa: B006
+    order: Annotated[
+        list[str],
+        typer.Option(help="lru, lfu, slru, s3fifo or cost; may be given again. Default: all."),
+    ] = [],  # noqa: B006
+    block_tokens: Annotated[int, typer.Option(min=1, help="Of the trace's blocks.")] = 512,
+    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the hit rates.")
+    ] = None,
+) -> None:
+    """Replay a trace through the page index: hit rates beside an infinite cache and the optimum."""
+    from rich.progress import Progress
+
+    from pd.bench.errors import BenchError
+    from pd.bench.replay_report import (
+        ReplayOptions,
+        check_replay_options,
+        load_trace,
+        num_steps,
+        plot_replay_report,
+        print_replay_report,
+        run_replay,
+    )
+
+    try:
+        options = ReplayOptions(
+            capacities=tuple(capacity) or ReplayOptions().capacities,
+            orders=tuple(order) or ReplayOptions().orders,
+        )
+        check_replay_options(options)
+        loaded = load_trace(trace, block_tokens)
+    except BenchError as error:
+        raise _Failure(str(error), 2) from error
+    bar = _console(stderr=True)
+    quiet = not bar.is_terminal
+    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
+        task = progress.add_task("starting", total=num_steps(loaded, options))
+        report = run_replay(
+            loaded,
+            options,
+            lambda title, done: progress.update(task, description=title, completed=done),
+        )
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_replay_report(report, _console())
+    if plot:
+        try:
+            plot_replay_report(report, plot)
+        except BenchError as error:
+            raise _Failure(str(error)) from error
 
 
 @app.command()

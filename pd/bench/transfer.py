@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -50,7 +50,7 @@ _PLANNED_PAGES = 2048
 _LIBRARIES = {
     "nixl": ("nixl",),
     "mooncake": ("mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine"),
-    "ipc": ("torch", "triton"),
+    "ipc": ("torch",),
 }
 _ENVIRONMENT = ("UCX_", "NIXL_", "MC_", "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")
 """Variables, or beginnings of their names, that change what a backend or memcpy does."""
@@ -61,6 +61,7 @@ class TransferOptions:
     backends: tuple[str, ...] = ("nixl",)
     pairs: tuple[str, ...] = ("tp1:tp1", "tp8:tp4")
     page_tokens: tuple[int, ...] = (64, 16)
+    pools: tuple[str, ...] = ("page-first", "layer-first", "4 KiB pages")
     tokens: tuple[int, ...] = ()
     """Lengths of handovers; none: 1,024, and what fills the pools."""
     pool_bytes: int = 1 << 30
@@ -220,11 +221,14 @@ def plan_cases(options: TransferOptions) -> list[Case]:
                 asked = [-(-tokens // page_tokens) for tokens in options.tokens]
                 if not asked:
                     asked = sorted({min(-(-1024 // page_tokens), fills), fills})
-                for pool in ("page-first", "layer-first"):
-                    num_pages = max(fills, *asked)
-                    cases.append(Case(backend, pair, pool, layout, num_pages, tuple(asked)))
-        small = max(1, min(options.pool_bytes, _SMALL_BYTES) // _SMALL.page_bytes)
-        cases.append(Case(backend, "tp1:tp1", "4 KiB pages", _SMALL, small, (small,)))
+                pools: tuple[PoolKind, ...] = ("page-first", "layer-first")
+                for pool in pools:
+                    if pool in options.pools:
+                        num_pages = max(fills, *asked)
+                        cases.append(Case(backend, pair, pool, layout, num_pages, tuple(asked)))
+        if "4 KiB pages" in options.pools:
+            small = max(1, min(options.pool_bytes, _SMALL_BYTES) // _SMALL.page_bytes)
+            cases.append(Case(backend, "tp1:tp1", "4 KiB pages", _SMALL, small, (small,)))
     return cases
 
 
@@ -251,6 +255,9 @@ def _check(options: TransferOptions) -> None:
         for topology in parse_pair(pair):
             if topology.pp > options.layers:
                 raise BenchError(f"--pair {pair}: {topology.pp} stages for {options.layers} layers")
+    for pool in options.pools:
+        if pool not in get_args(PoolKind):
+            raise BenchError(f"--pool: found {pool!r}, expected {', '.join(get_args(PoolKind))}")
     parse_backend_options(options.options)
 
 

@@ -126,9 +126,14 @@ def tokens_of(outputs: list[Output]) -> list[int]:
         ("ipc", "loopback", "cpu"),
         ("ipc", "shm", "cpu"),
         ("ipc", "mooncake", "cpu"),
-        pytest.param(
-            *("ipc", "nixl", "cuda"),
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        *(
+            pytest.param(
+                *("ipc", backend, "cuda"),
+                marks=pytest.mark.skipif(
+                    not torch.cuda.is_available(), reason="needs a CUDA device"
+                ),
+            )
+            for backend in ("nixl", "ipc")
         ),
     ],
 )
