@@ -1,24 +1,24 @@
 """Eviction orders: which of the pages that may go, goes first.
 
-Pure. An order sees runs: consecutive pages of one sequence with one history. It is told what happens
-to them, keeps its own notes in them, and gives the next leaf to evict from. It does not know slots,
-references or hashes' meaning, and never decides whether a page may be evicted: the index offers only
-leaves, and cuts pages from a run's end, so that the device tier stays prefix-closed under any order.
-Time is the index's counter of calls.
+Pure. An order sees runs: consecutive pages of one sequence with one history. It is told what
+happens to them, keeps its own notes in them, and gives the next leaf to evict from. It does not
+know slots, references or what hashes mean, and never decides whether a page may be evicted: the
+index offers only leaves, and cuts pages from a run's end, so that the device tier stays
+prefix-closed under any order. Time is the index's counter of calls.
 
   lru     the least recently used: last released longest ago
   lfu     the least often matched; among equals the least recently used
   slru    what was never matched before what was; each by last use. At most four fifths of the pages
           are protected by a match: beyond, those matched longest ago count as new again.
   s3fifo  queues by time of insertion: a small one for new pages (a tenth), from which those matched
-          twice move to the main one, and a list of what left the small one unmatched, which enters
+          twice move to the main one, and a list of what left the small one otherwise, which enters
           the main one when it comes again. In the main one, a match buys another round.
           (Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023)
-  cost    GreedyDual: each page is worth what it takes to recompute, above the worth of what was last
-          evicted when it was last used. A token at position p costs p / 24,576 more than the first
-          one: attention's share passes the rest of the model near six hidden sizes (4 x hidden x p
-          against 24 x hidden^2 operations a layer), and 4,096 is a usual hidden size.
-          (Young, The k-server dual and loose competitiveness for paging, 1994; Cao and Irani, 1997)
+  cost    GreedyDual: a page is worth what it takes to recompute, above the worth of what had last
+          been evicted when it was last used. A token at position p costs p / 24,576 more than the
+          first one: attention's work equals the rest of the model's near six hidden sizes (4 x
+          hidden x p against 24 x hidden^2 operations a layer), and 4,096 is a usual hidden size.
+          (Young, On-line caching as cache size varies, 1991; Cao and Irani, 1997)
 
 Every step takes O(log n) of the leaves, amortised over the matches and insertions.
 """
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -131,11 +131,11 @@ class Order(ABC):
         """(level of the new page hashes[begin], how many from there have the same)."""
         return 0, len(hashes) - begin
 
-    def add(self, run: Run, hashes: Sequence[bytes], now: int) -> None:
+    def add(self, run: Run, hashes: Sequence[bytes], now: int) -> None:  # noqa: B027
         """`hashes` are in the index now, as a new run or at the end of one that is still as
         added."""
 
-    def hit(self, run: Run, now: int) -> None:
+    def hit(self, run: Run, now: int) -> None:  # noqa: B027
         """A request reuses it."""
 
     def release(self, run: Run, now: int) -> None:
@@ -146,7 +146,7 @@ class Order(ABC):
         """`head` is a new run for the first pages of what is now `tail`, with the same history."""
         head.age, head.hits, head.level = tail.age, tail.hits, tail.level
 
-    def remove(self, run: Run, hashes: Sequence[bytes]) -> None:
+    def remove(self, run: Run, hashes: Sequence[bytes]) -> None:  # noqa: B027
         """These were evicted from its end; it may be empty."""
 
     def clear(self) -> None:
@@ -242,7 +242,11 @@ class S3FifoOrder(Order):
         self._limit = int(num_pages * _SMALL)
         self._num_small = 0
         self._main = Leaves()
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._ghosts: set[bytes] = set()
+        # What they were when they left, oldest first, all lengths in all. A page that came back
+        # stays in its batch: if it leaves again, it may be forgotten with the older one.
+        self._batches: deque[Sequence[bytes]] = deque()
+        self._num_batched = 0
         self._max_ghosts = num_pages - self._limit
         self._place = 0
 
@@ -250,19 +254,18 @@ class S3FifoOrder(Order):
         return (run.age, 0)
 
     def admit(self, hashes: Sequence[bytes], begin: int) -> tuple[int, int]:
-        ghosts = self._ghosts
-        known = hashes[begin] in ghosts
-        end = begin + 1
-        while end < len(hashes) and (hashes[end] in ghosts) is known:
-            end += 1
-        return int(known), end - begin
+        rest = hashes[begin:]
+        if self._ghosts.isdisjoint(rest):
+            return 0, len(rest)
+        known = list(map(self._ghosts.__contains__, rest))
+        other = not known[0]
+        return int(known[0]), known.index(other) if other in known else len(known)
 
     def add(self, run: Run, hashes: Sequence[bytes], now: int) -> None:
         if not run.age:
             run.age = self._next_place()
         if run.level:
-            for page_hash in hashes:
-                del self._ghosts[page_hash]
+            self._ghosts.difference_update(hashes)
         else:
             self._num_small += len(hashes)
 
@@ -277,23 +280,29 @@ class S3FifoOrder(Order):
         if run.level:
             return
         self._num_small -= len(hashes)
-        for page_hash in hashes:
-            self._ghosts[page_hash] = None
-        while len(self._ghosts) > self._max_ghosts:
-            self._ghosts.popitem(last=False)
+        self._ghosts.update(hashes)
+        self._batches.append(hashes)
+        self._num_batched += len(hashes)
+        while self._num_batched > self._max_ghosts:
+            oldest = self._batches.popleft()
+            self._ghosts.difference_update(oldest)
+            self._num_batched -= len(oldest)
 
     def clear(self) -> None:
         super().clear()
         self._main.clear()
         self._ghosts.clear()
-        self._num_small = 0
+        self._batches.clear()
+        self._num_small = self._num_batched = 0
 
     def check_integrity(self, runs: Sequence[Run]) -> None:
         self.leaves.check_integrity([run for run in runs if not run.level])
         self._main.check_integrity([run for run in runs if run.level])
         count = sum(run.num_pages for run in runs if not run.level)
         assert count == self._num_small, f"{count} pages in the small queue, not {self._num_small}"
-        assert len(self._ghosts) <= self._max_ghosts, f"{len(self._ghosts)} ghosts"
+        batched = [page_hash for batch in self._batches for page_hash in batch]
+        assert len(batched) == self._num_batched <= self._max_ghosts, f"{len(batched)} ghosts"
+        assert self._ghosts <= set(batched), "a ghost that will not be forgotten"
 
     def offer(self, run: Run) -> None:
         (self._main if run.level else self.leaves).push(self.key(run), run)

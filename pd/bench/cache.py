@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import itertools
 import os
 import platform
 import random
@@ -40,6 +41,9 @@ STEPS = ("hash", "match", "acquire", "allocate", "insert", "release")
 _SCARCE = 4
 """One page in so many has room."""
 _MEMORY_SESSIONS = 100
+
+WIDTH = 120
+"""Columns that the table needs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,8 +117,8 @@ def check_options(options: CacheOptions) -> None:
     for page_tokens in options.page_tokens:
         if _pages_in_all(options, page_tokens) < _SCARCE * _prompt_pages(options, page_tokens):
             raise BenchError(
-                f"--sessions: found {options.sessions}, expected at least {_SCARCE}, with a page "
-                f"of {page_tokens} tokens or more each"
+                f"--sessions: found {options.sessions}, expected at least {_SCARCE}, each of at "
+                f"least a page of {page_tokens} tokens"
             )
 
 
@@ -128,10 +132,10 @@ def _pages_in_all(options: CacheOptions, page_tokens: int) -> int:
 
 
 def run_cache_bench(
-    options: CacheOptions, on_row: Callable[[str], None] = lambda title: None
+    options: CacheOptions, on_row: Callable[[str, int], None] = lambda title, done: None
 ) -> CacheReport:
-    """Measure all rows; `on_row` is called with what comes next. Ctrl-C ends it early, with what
-    there is. Raises BenchError."""
+    """Measure all rows. `on_row(what comes next, rows done)` is called before each. Ctrl-C ends it
+    early, with what there is. Raises BenchError."""
     check_options(options)
     report = CacheReport(conditions=_conditions(options), rows=[], entry_bytes={})
     rng = np.random.default_rng(options.seed)
@@ -141,7 +145,7 @@ def run_cache_bench(
         for page_tokens in options.page_tokens:
             for room in options.rooms:
                 for order in options.orders:
-                    on_row(f"pages of {page_tokens}, {room}, {order}")
+                    on_row(f"pages of {page_tokens}, {room}, {order}", len(report.rows))
                     report.rows.append(_measure(options, tokens, page_tokens, room, order))
             report.entry_bytes[page_tokens] = measure_entry_bytes(tokens, page_tokens)
     except KeyboardInterrupt:
@@ -198,7 +202,7 @@ def _measure(
         released = clock()
 
         times = (started, hashed, matched, acquired, allocated, inserted, released)
-        steps_ns.append(tuple(b - a for a, b in zip(times, times[1:], strict=False)))
+        steps_ns.append(tuple(b - a for a, b in itertools.pairwise(times)))
         num_pages_asked += len(chain)
         num_pages_matched += hit
     index.check_integrity()
@@ -216,8 +220,7 @@ def _measure(
         p99_us=percentile(turns_us, 99),
         mean_us=sum(turns_us) / len(turns_us),
         step_p50_us={
-            name: percentile(values, 50) / 1e3
-            for name, values in zip(STEPS, by_step, strict=True)
+            name: percentile(values, 50) / 1e3 for name, values in zip(STEPS, by_step, strict=True)
         },
     )
 

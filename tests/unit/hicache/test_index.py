@@ -266,6 +266,180 @@ def test_a_callers_bug_is_an_error_and_changes_nothing():
     index.check_integrity()
 
 
+def runs_of(index: PageIndex) -> list[int]:
+    """Pages of each run, in order of insertion."""
+    return [run.num_pages for run in dict.fromkeys(index._runs.values())]
+
+
+def test_a_sequence_that_grows_page_by_page_is_one_run():
+    index = PageIndex([FULL], [9], PAGE_TOKENS)
+    hashes = chain("abcdefgh")
+    slots = index.allocate(0, 8)
+    assert slots is not None
+    for i, slot in enumerate(slots):
+        index.insert(hashes[i - 1] if i else ROOT, hashes[i : i + 1], [[slot]], i)
+        index.check_integrity()
+    assert runs_of(index) == [8]
+    index.release(0, slots[6:])
+    release(index, [slots[:6]])
+    assert runs_of(index) == [6, 2]
+
+
+def test_a_run_does_not_grow_once_its_history_is_another():
+    index = PageIndex([FULL], [20], PAGE_TOKENS, order="lfu")
+    slots = index.allocate(0, 3)
+    assert slots is not None
+    index.insert(ROOT, chain("ab"), [slots[:2]], 0)
+    release(index, index.acquire(chain("ab")))  # a hit, which c has not had
+    index.insert(chain("ab")[1], chain("abc")[2:], [slots[2:]], 2)
+    assert runs_of(index) == [2, 1]
+    release(index, [slots])
+    release(index, fill(index, chain("xy")))
+    assert index.allocate(0, 15) is not None
+    assert (index.match(chain("abc")), index.match(chain("xy"))) == (2, 2)
+    assert index.allocate(0, 1) is not None
+    assert (index.match(chain("abc")), index.match(chain("xy"))) == (2, 1)
+
+
+def test_a_run_with_a_branch_or_other_references_does_not_grow():
+    index = PageIndex([FULL], [20], PAGE_TOKENS)
+    slots = index.allocate(0, 3)
+    copies = index.allocate(0, 3)
+    assert slots is not None
+    assert copies is not None
+    index.retain(0, copies)
+    index.insert(ROOT, chain("ab"), [slots[:2]], 0)
+    index.insert(ROOT, chain("abc"), [copies], 0)  # c has two references, a and b have one
+    index.check_integrity()
+    index.insert(chain("ab")[1], chain("abd")[2:], [slots[2:]], 2)
+    index.check_integrity()
+    assert runs_of(index) == [2, 1, 1]
+    release(index, [slots])
+    release(index, [copies])
+    release(index, [copies])
+    assert (index.num_cached(0), index.num_free(0)) == (4, 15)
+
+
+def test_long_sequences_are_cut_into_runs():
+    index = PageIndex([FULL], [1001], PAGE_TOKENS)
+    hashes = page_hashes(list(range(2000)), PAGE_TOKENS, ROOT)
+    release(index, fill(index, hashes))
+    assert max(runs_of(index)) <= index_module._MAX_RUN_PAGES
+    release(index, index.acquire(hashes[:700]))
+    assert index.match(hashes) == 1000
+    assert index.allocate(0, 301) is not None
+    index.check_integrity()
+    assert index.match(hashes) == 699
+
+
+def test_eviction_stops_at_a_sliding_page_in_use():
+    index = PageIndex([FULL, sliding(64)], [7, 9], PAGE_TOKENS)
+    slots = fill(index, chain("abcd"))
+    index.release(0, slots[0])
+    index.release(1, slots[1][2:])
+    release(index, fill(index, chain("xy")))
+    assert not index.can_allocate([5, 0])
+    assert index.allocate(0, 4) is not None
+    index.check_integrity()
+    assert (index.match(chain("abcd")), index.match(chain("xy"))) == (2, 0)
+
+
+def test_a_partly_kept_run_can_be_used_again():
+    index = PageIndex([FULL, sliding(64)], [7, 9], PAGE_TOKENS)
+    release(index, fill(index, chain("ab")))
+    slots = fill(index, chain("abcd"))
+    index.release(0, slots[0])
+    index.release(1, slots[1][3:])
+    index.check_integrity()
+    assert index.can_allocate([3, 0])
+    again = index.acquire(chain("abcd"))
+    index.check_integrity()
+    assert not index.can_allocate([3, 0])
+    release(index, again)
+    index.release(1, slots[1][:3])
+    index.check_integrity()
+    assert index.can_allocate([6, 8])
+
+
+def test_a_pin_keeps_a_prefix_until_its_time():
+    index = PageIndex([FULL], [7], PAGE_TOKENS)
+    slots = index.allocate(0, 3)
+    assert slots is not None
+    index.insert(ROOT, chain("ab"), [slots[:2]], 0)
+    index.pin(chain("ab"), until=10.0)
+    index.insert(chain("ab")[1], chain("abc")[2:], [slots[2:]], 2)  # not part of the pin
+    release(index, [slots])
+    assert (index.num_used(0), index.num_cached(0)) == (0, 3)
+    index.pin(chain("a"), until=20.0)
+    index.check_integrity()
+    assert index.can_allocate([4])
+    assert not index.can_allocate([5])
+    assert index.expire(9.9) == 0
+    assert index.expire(10.0) == 1
+    index.check_integrity()
+    assert index.can_allocate([5])
+    assert index.allocate(0, 6) is None
+    assert index.allocate(0, 5) is not None
+    assert index.match(chain("abc")) == 1
+    assert index.expire(20.0) == 1
+    assert index.allocate(0, 1) is not None
+    index.check_integrity()
+
+
+def test_a_pin_keeps_the_window_of_sliding_groups():
+    index = PageIndex([FULL, sliding(3)], [9, 5], PAGE_TOKENS)
+    release(index, fill(index, chain("abcd")))
+    index.pin(chain("abcd"), until=1.0)
+    assert not index.can_allocate([0, 4])
+    assert index.allocate(1, 3) is not None
+    index.check_integrity()
+    assert index.match(chain("abcd")) == 4
+    with pytest.raises(ValueError, match="not resident"):
+        index.pin(chain("abc"), until=1.0)
+    index.expire(1.0)
+    assert index.allocate(1, 1) is not None
+    assert index.match(chain("abcd")) == 0
+
+
+def test_clear_ends_pins():
+    index = PageIndex([FULL, sliding(3)], [9, 5], PAGE_TOKENS)
+    release(index, fill(index, chain("abcd")))
+    index.pin(chain("abcd"), until=1.0)
+    index.clear()
+    index.check_integrity()
+    assert index.expire(1.0) == 0
+    assert index.can_allocate([8, 4])
+
+
+def test_latent_pages_follow_the_rules_of_full_ones():
+    latent = LayerGroup("latent", (0,), kv_heads=1, head_dim=8)
+    index = PageIndex([latent], [7], PAGE_TOKENS)
+    release(index, fill(index, chain("abcd")))
+    assert index.allocate(0, 4) is not None
+    assert index.match(chain("abcd")) == 2
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ValueError, match="found 'best', expected one of lru"):
+        PageIndex([FULL], [7], PAGE_TOKENS, order="best")
+
+
+def test_pages_out_of_place_are_refused():
+    index = PageIndex([FULL], [9], PAGE_TOKENS)
+    hashes = chain("abcd")
+    slots = fill(index, hashes[:2])
+    spare = index.allocate(0, 2)
+    assert spare is not None
+    with pytest.raises(ValueError, match="not page 2"):
+        index.insert(hashes[1], hashes[2:], [spare], first_page=3)
+    with pytest.raises(ValueError, match="not page 0"):
+        index.insert(ROOT, hashes[1:3], [spare], first_page=0)
+    with pytest.raises(ValueError, match="two pages in one slot"):
+        index.insert(hashes[1], hashes[2:], [spare[:1] * 2], first_page=2)
+    index.check_integrity()
+    release(index, [[*slots[0], *spare]])
+
+
 def test_the_heap_does_not_grow_with_use():
     index = PageIndex([FULL], [65], PAGE_TOKENS)
     hashes = chain("abcdefgh")
@@ -291,6 +465,7 @@ class OracleEntry:
 class Holder:
     pages: str
     slots: list[list[int]]
+    num_published: int = 0
 
 
 class Oracle:
@@ -309,7 +484,7 @@ class Oracle:
 
     @property
     def has_full(self) -> bool:
-        return any(group.kind == "full" for group in self.groups)
+        return any(group.kind != "sliding" for group in self.groups)
 
     def usable(self, pages: str, count: int) -> bool:
         for g, group in enumerate(self.groups):
@@ -531,7 +706,7 @@ class IndexMachine(RuleBasedStateMachine):
             slots[i] >= 0
             for g, slots in enumerate(holder.slots)
             for i in range(first, len(pages))
-            if self.groups[g].kind == "full"
+            if self.groups[g].kind != "sliding"
         )
         if holder not in self.live or first >= len(pages) or not complete:
             return
@@ -539,6 +714,13 @@ class IndexMachine(RuleBasedStateMachine):
         slots = [group_slots[first : len(pages)] for group_slots in holder.slots]
         self.index.insert(hashes[first - 1] if first else ROOT, hashes[first:], slots, first)
         self.oracle.insert(pages, holder.slots, first)
+
+    @rule(holder=holders, count=st.integers(1, 3))
+    def publish(self, holder: Holder, count: int) -> None:
+        """As pages fill, one after the other."""
+        first = min(holder.num_published, len(holder.pages))
+        holder.num_published += count
+        self.insert(holder, first, count)
 
     @rule(holder=holders, count=st.integers(1, 3))
     def leave_window(self, holder: Holder, count: int) -> None:
@@ -550,6 +732,14 @@ class IndexMachine(RuleBasedStateMachine):
                 self.index.release(g, gone, cold=True)
                 self.oracle.release(g, gone, cold=True)
                 holder.slots[g][: len(gone)] = [-1] * len(gone)
+
+    @rule(holder=holders, g=st.integers(0, 2))
+    def finish_group(self, holder: Holder, g: int) -> None:
+        g %= len(self.groups)
+        if holder in self.live:
+            self.index.release(g, holder.slots[g])
+            self.oracle.release(g, holder.slots[g])
+            holder.slots[g] = [-1] * len(holder.slots[g])
 
     @rule(holder=consumes(holders))
     def finish(self, holder: Holder) -> None:
@@ -622,6 +812,12 @@ class TwoFullMachine(IndexMachine):
     max_run_pages = 2
 
 
+class LatentMachine(IndexMachine):
+    groups = (LayerGroup("latent", (0,), kv_heads=1, head_dim=8), sliding(4))
+    num_pages = (8, 7)
+    max_run_pages = 3
+
+
 class SlidingMachine(IndexMachine):
     groups = (sliding(2), sliding(5))
     num_pages = (7, 9)
@@ -640,9 +836,10 @@ SETTINGS = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-for machine in (IndexMachine, TwoFullMachine, SlidingMachine, FullMachine):
+for machine in (IndexMachine, TwoFullMachine, LatentMachine, SlidingMachine, FullMachine):
     machine.TestCase.settings = SETTINGS
 TestFullAndSliding = IndexMachine.TestCase
 TestTwoFullGroups = TwoFullMachine.TestCase
+TestLatentAndSliding = LatentMachine.TestCase
 TestSlidingOnly = SlidingMachine.TestCase
 TestFullOnly = FullMachine.TestCase

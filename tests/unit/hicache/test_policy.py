@@ -141,14 +141,15 @@ class S3Fifo(Model):
         self.small: list[FakeRun] = []
         self.main: list[FakeRun] = []
         self.hits: dict[FakeRun, int] = {}
-        self.ghosts: list[bytes] = []
+        self.ghosts: set[bytes] = set()
+        self.batches: list[list[bytes]] = []
 
     def is_main(self, page_hash: bytes) -> bool:
         return page_hash in self.ghosts
 
     def add(self, run: FakeRun, hashes: list[bytes]) -> None:
         if any(page_hash in self.ghosts for page_hash in hashes):
-            self.ghosts = [ghost for ghost in self.ghosts if ghost not in hashes]
+            self.ghosts -= set(hashes)
             self.main.append(run)
         else:
             self.small.append(run)
@@ -164,9 +165,10 @@ class S3Fifo(Model):
 
     def remove(self, run: FakeRun, hashes: list[bytes]) -> None:
         if run in self.small:
-            self.ghosts += hashes
-            limit = self.num_pages - int(0.1 * self.num_pages)
-            self.ghosts = self.ghosts[max(0, len(self.ghosts) - limit) :]
+            self.ghosts |= set(hashes)
+            self.batches.append(hashes)
+            while sum(map(len, self.batches)) > self.num_pages - int(0.1 * self.num_pages):
+                self.ghosts -= set(self.batches.pop(0))
         if not run.hashes:
             (self.small if run in self.small else self.main).remove(run)
 
