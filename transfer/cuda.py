@@ -119,10 +119,13 @@ class Device:
         self.use()
         return Event(self, stream)
 
-    def allocate(self, num_bytes: int) -> int:
+    def allocate(self, num_bytes: int, zero: bool = False) -> int:
         self.use()
         address = ctypes.c_uint64()
         _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        if zero:
+            _call("cuMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
+            _call("cuCtxSynchronize")
         return address.value
 
     def free(self, address: int) -> None:

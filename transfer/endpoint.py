@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from transfer.transport import Int32Array, PagePart, PeerError, Region
 
@@ -99,7 +100,8 @@ def check_write(
 
 
 def _check_pages(pages: Int32Array, region: Region, where: str) -> None:
-    if pages.size and (pages.min() < 0 or pages.max() >= region.num_pages):
+    # Read as unsigned, a negative number is too large as well.
+    if pages.size and pages.view(np.uint32).max() >= region.num_pages:
         raise IndexError(
             f"pages {pages.min()} to {pages.max()} of {where}, which has {region.num_pages}"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import functools
 import itertools
 from importlib import resources
@@ -22,6 +23,8 @@ from transfer.segments import Int64Array
 _PIECE_BYTES = 32 << 10
 """As in `copy_runs.cu`."""
 _THREADS = 512
+_STREAMS = 2
+_PIECES_PER_TICKET = 4
 DEFAULT_BLOCKS = 64
 _TABLE_RUNS = 1 << 18
 """Runs whose addresses fit into the table at once."""
@@ -32,6 +35,17 @@ def _image() -> bytes:
     return resources.files("transfer").joinpath("copy_runs.ptx").read_bytes()
 
 
+@dataclasses.dataclass(slots=True)
+class _Lane:
+    """A stream; its kernels run one after the other and share a counter of tickets."""
+
+    stream: cuda.Stream
+    counter: int
+    """Its address."""
+    drawn: int = 0
+    """What the counter is when the kernels launched so far have ended."""
+
+
 class RunCopier:
     """`blocks` bounds how many of a kernel's blocks, of 512 threads, there are. Between two H200s
     64 reach 361 GB/s (8k tokens in runs of 288 KiB; peer copy 394), 132 and 264 no more."""
@@ -39,7 +53,10 @@ class RunCopier:
     def __init__(self, device: int, blocks: int = DEFAULT_BLOCKS) -> None:
         self._device = cuda.Device(device)
         self._blocks = blocks
-        self._streams = itertools.cycle([self._device.make_stream() for _ in range(2)])
+        counters = self._device.allocate(8 * _STREAMS, zero=True)
+        self._lanes = itertools.cycle(
+            [_Lane(self._device.make_stream(), counters + 8 * i) for i in range(_STREAMS)]
+        )
         self._by_words, self._by_bytes = self._device.load(
             _image(), ["copy_runs_16", "copy_runs_1"]
         )
@@ -72,7 +89,7 @@ class RunCopier:
     ) -> cuda.Event:
         """Start copying lengths[i] bytes from sources[i] to targets[i] by the copy engines; returns
         at once."""
-        stream = next(self._streams)
+        stream = next(self._lanes).stream
         self._device.copy_batch(
             targets.ctypes.data, sources.ctypes.data, lengths.ctypes.data, len(lengths), stream
         )
@@ -85,19 +102,22 @@ class RunCopier:
         self._table[first + count : first + 2 * count] = targets
         bits = int(np.bitwise_or.reduce(self._table[first : first + 2 * count])) | length
         pieces = -(-length // _PIECE_BYTES)
-        per_block = -(-pieces * count // self._blocks)
+        tickets = -(-pieces * count // _PIECES_PER_TICKET)
+        blocks = min(self._blocks, tickets)
         address = self._address + 8 * first
-        stream = next(self._streams)
+        lane = next(self._lanes)
         self._device.launch(
             self._by_bytes if bits % 16 else self._by_words,
-            -(-pieces * count // per_block),
+            blocks,
             _THREADS,
-            stream,
+            lane.stream,
+            *(ctypes.c_uint64(lane.counter), ctypes.c_uint64(lane.drawn)),
             *(ctypes.c_uint64(address), ctypes.c_uint64(address + 8 * count)),
-            *(ctypes.c_uint(pieces * count), ctypes.c_uint(per_block), ctypes.c_uint(pieces)),
-            ctypes.c_uint64(length),
+            *(ctypes.c_uint(pieces * count), ctypes.c_uint(_PIECES_PER_TICKET)),
+            *(ctypes.c_uint(pieces), ctypes.c_uint64(length)),
         )
-        copy = self._device.record(stream)
+        lane.drawn += tickets + blocks
+        copy = self._device.record(lane.stream)
         self._in_use.append((first, first + 2 * count, copy))
         return copy
 

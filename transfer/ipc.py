@@ -2,9 +2,9 @@
 straight into them.
 
 Runs of at least `_ENGINE_BYTES` go by the copy engines and take nothing from compute, smaller ones
-by a kernel, at about the same rate whatever their size (`transfer/gpu.py`). A write that finds the
-link idle starts at once; those that come while it is busy start together, at the next `poll`.
-Nobody but the source has to poll.
+by a kernel, at about the same rate whatever their size (`transfer/gpu.py`). A write starts at once
+while fewer than two copies run, so that the link has always something to do; those that come while
+it is busy start together, at the next `poll`. Nobody but the source has to poll.
 
 A peer's memory stays mapped while a copy to it runs, also when the peer dies, so a late byte can
 only land in memory that nobody uses any more. Options: `blocks`, the most of the kernel's blocks
@@ -13,6 +13,7 @@ that run at once.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import time
@@ -44,6 +45,7 @@ from transfer.transport import (
     WriteResult,
 )
 
+_STARTED = 2
 _ENGINE_BYTES = 2 << 20
 """Two H200s, scattered runs, GB/s by engines and by kernel: 9.4 MiB 388 and 366, 2.4 MiB 364 and
 366, 1.2 MiB 336 and 367 (4 GiB; peer copy 394)."""
@@ -113,7 +115,8 @@ class IpcTransport(Transport):
         self._peers: dict[str, _Peer] = {}
         self._leaving: list[_Peer] = []
         self._pending: list[_Write] = []
-        self._last: cuda.Event | None = None
+        self._started: collections.deque[cuda.Event] = collections.deque()
+        """The latest copies, oldest first."""
         self._results: list[WriteResult] = []
         self._last_id = 0
 
@@ -179,19 +182,18 @@ class IpcTransport(Transport):
         if not len(source_pages):
             self._results.append(WriteResult(self._last_id, None, 0, 0, 0.0))
             return self._last_id
-        ours, theirs = self._regions[region], regions[region]
-        sources = run_offsets(
-            source_pages, ours.page_bytes, part.source_offset, part.count, part.source_stride
-        )
+        ours, theirs, addresses = self._regions[region], regions[region], target.addresses
+        origin, place = ours.address + part.source_offset, addresses[region] + part.target_offset
+        sources = run_offsets(source_pages, ours.page_bytes, origin, part.count, part.source_stride)
         targets = run_offsets(
-            target_pages, theirs.page_bytes, part.target_offset, part.count, part.target_stride
+            target_pages, theirs.page_bytes, place, part.count, part.target_stride
         )
-        sources += ours.address
-        targets += target.addresses[region]
         write = _Write(ours.device or 0, part.length, sources, targets, started)
         target.writes[self._last_id] = write
         self._pending.append(write)
-        if self._last is None or self._last.is_done():
+        while self._started and self._started[0].is_done():
+            self._started.popleft()
+        if len(self._started) < _STARTED:
             self._start()
         return self._last_id
 
@@ -228,8 +230,8 @@ class IpcTransport(Transport):
             length = 0 if write.by_engine else write.length
             alike.setdefault((write.device, length, write.by_engine), []).append(write)
         for (device, length, by_engine), writes in alike.items():
-            sources = np.concatenate([write.sources for write in writes])
-            targets = np.concatenate([write.targets for write in writes])
+            sources = _joined([write.sources for write in writes])
+            targets = _joined([write.targets for write in writes])
             copier = self._copiers[device]
             try:
                 if by_engine:
@@ -241,7 +243,7 @@ class IpcTransport(Transport):
                 for write in writes:
                     write.error = f"the GPU does not copy: {error}"
             else:
-                self._last = copy
+                self._started.append(copy)
                 for write in writes:
                     write.copy = copy
 
@@ -274,6 +276,10 @@ class IpcTransport(Transport):
         while peer.mapped:
             device, address = peer.mapped.pop()
             device.close_memory(address)
+
+
+def _joined(arrays: list[Int64Array]) -> Int64Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _export(region: Region) -> _Export:

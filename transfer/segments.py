@@ -29,9 +29,12 @@ def run_offsets(
     pages: Int32Array, page_bytes: int, offset: int, count: int, stride: int
 ) -> Int64Array:
     """From the pool's start, of each of the `count` runs of each page."""
-    runs = np.arange(count, dtype=np.int64) * stride + offset
-    offsets: Int64Array = (pages.astype(np.int64)[:, None] * page_bytes + runs).ravel()
-    return offsets
+    offsets: Int64Array = np.multiply(pages, page_bytes, dtype=np.int64)
+    offsets += offset
+    if count == 1:
+        return offsets
+    runs: Int64Array = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).ravel()
+    return runs
 
 
 def plan_segments(
