@@ -47,6 +47,8 @@ def _driver() -> Any:
     driver = ctypes.CDLL("libcuda.so.1")
     if driver.cuInit(0):
         raise OSError("the CUDA driver does not start")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
     return driver
 
 
@@ -158,20 +160,13 @@ class Device:
         return functions
 
     def launch(
-        self, function: Any, blocks: int, threads: int, stream: Stream, *arguments: Any
+        self, function: Any, blocks: int, threads: int, stream: Stream, pointers: Any
     ) -> None:
-        """`arguments` are ctypes values."""
+        """`pointers` from `argument_pointers`; the arguments are read before this returns."""
         self.use()
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         _call(
             "cuLaunchKernel",
-            function,
-            *(ctypes.c_uint(blocks), ctypes.c_uint(1), ctypes.c_uint(1)),
-            *(ctypes.c_uint(threads), ctypes.c_uint(1), ctypes.c_uint(1)),
-            ctypes.c_uint(0),
-            stream.handle,
-            pointers,
-            None,
+            *(function, blocks, 1, 1, threads, 1, 1, 0, stream.handle, pointers, None),
         )
 
     def copy_batch(
@@ -221,6 +216,14 @@ class Device:
         code = _driver().cuCtxEnablePeerAccess(other._context, ctypes.c_uint(0))
         if code not in (0, _PEER_ACCESS_ALREADY_ENABLED):
             raise CudaError(f"GPU {self.number} cannot reach GPU {peer}: error {code}")
+
+
+def argument_pointers(arguments: ctypes.Structure) -> Any:
+    """Where a kernel's arguments lie: the fields of a structure, which may change from launch to
+    launch."""
+    base = ctypes.addressof(arguments)
+    offsets = [getattr(type(arguments), field[0]).offset for field in arguments._fields_]
+    return (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
 
 
 def has_copy_batch() -> bool:
