@@ -21,10 +21,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from hicache.index import PageIndex
+from pd.checks import is_sound
 from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
 from pd.events import (
@@ -73,7 +75,7 @@ from transfer.topology import Topology
 
 _MAX_HANDOVERS = 3
 """Of one request; then it is prefilled here."""
-_COUNTERS = ("steps", "decode_tokens", "aborted", "failed")
+_COUNTERS = ("steps", "decode_tokens", "aborted", "failed", "dropped_messages")
 """Fields of ReplicaLoad that only grow."""
 
 
@@ -156,7 +158,9 @@ class Leader:
         order. What it raises puts pages in doubt: the process must end."""
         match event:
             case Received(sender, message):
-                if sender in self._peers:
+                if not is_sound(message, self._groups, self._page_tokens):
+                    self._counts["dropped_messages"] += 1
+                elif sender in self._peers:
                     self._receive(sender, message, now)
             case StepDone(result):
                 self._step_done(result, now)
@@ -444,7 +448,9 @@ class Leader:
     # ------------------------------------------------------------------------------------ the batch
 
     def _run_step(self, now: float) -> None:
-        command = self.scheduler.plan(now)
+        # Those that are still to reserve pages found too few.
+        first = self._reserving[0].sequence.arrived_at if self._reserving else math.inf
+        command = self.scheduler.plan(now, first)
         if command is None:
             return
         for start in command.starts:

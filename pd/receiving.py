@@ -354,7 +354,9 @@ class Receiving:
         assert complete is not None
         if len(ours) < len(targets):
             return
-        theirs = complete.digests or (b"",) * len(targets)
+        theirs = complete.digests
+        if len(theirs) != len(targets):
+            theirs = (b"",) * len(targets)
         wrong = [_differing(ours[group], theirs[group]) for group in range(len(targets))]
         num_wrong = sum(map(len, wrong))
         if not num_wrong:
@@ -405,7 +407,7 @@ class Receiving:
 
 def _differing(ours: bytes, theirs: bytes) -> list[int]:
     """Numbers of the pages whose digests differ; all of them if the lengths do."""
-    one, other = np.frombuffer(ours, np.uint64), np.frombuffer(theirs, np.uint64)
-    if len(one) != len(other):
+    one = np.frombuffer(ours, np.uint64)
+    if len(ours) != len(theirs):
         return list(range(len(one)))
-    return np.flatnonzero(one != other).tolist()
+    return np.flatnonzero(one != np.frombuffer(theirs, np.uint64)).tolist()

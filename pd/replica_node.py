@@ -59,6 +59,7 @@ class ReplicaNode(Node):
         self._untold: Counter[str] = Counter()
         """Peers' comings and goings that the leader has yet to hear of. Meanwhile it takes the name
         for another process than it is, so nothing is said to it or heard of it."""
+        self._is_stopping = False
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
@@ -159,7 +160,7 @@ class ReplicaNode(Node):
         )
 
     def handle(self, event: Event) -> None:
-        if self.failure:
+        if self.failure or self._is_stopping:
             return
         try:
             for effect in self.leader.handle(event, time.monotonic()):
@@ -176,7 +177,12 @@ class ReplicaNode(Node):
             case RunStep(command):
                 self._submit(self._compute, lambda: StepDone(self._runner.step(command)))
             case Write(write_id, peer, group, source, target, part, handover):
-                self._mover.write(write_id, peer, group, source, target, part, handover)
+                if self._untold[peer]:
+                    # Its pages are the predecessor's: they must not be written in a successor.
+                    lost = Written(write_id, f"{peer} has left", 0, 0, 0.0)
+                    self._call(self.handle, lost)
+                else:
+                    self._mover.write(write_id, peer, group, source, target, part, handover)
             case CancelWrite(write_id):
                 self._mover.cancel(write_id)
             case BreakLink(peer):
@@ -268,8 +274,9 @@ class ReplicaNode(Node):
         self.handle(Tick())
 
     def heartbeat(self) -> Heartbeat:
-        load = msgspec.structs.replace(self.leader.load(), dropped_messages=self.dropped_messages)
-        return Heartbeat(load)
+        load = self.leader.load()
+        dropped = load.dropped_messages + self.dropped_messages
+        return Heartbeat(msgspec.structs.replace(load, dropped_messages=dropped))
 
     def check(self) -> dict[str, object]:
         if not self.leader.scheduler.has_step_in_flight:
@@ -277,6 +284,7 @@ class ReplicaNode(Node):
         return {"idle": self.leader.is_idle, "load": msgspec.structs.asdict(self.leader.load())}
 
     async def shut_down(self) -> None:
+        self._is_stopping = True
         for executor in (self._compute, self._digester):
             executor.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)

@@ -340,10 +340,12 @@ class SenderLedger:
         return SenderAnswer.REPORT
 
     def settled(self, floor: int) -> None:
-        """The receiver needs nothing below `floor` any more."""
+        """The receiver needs nothing below `floor` any more. What has no last word yet cannot have
+        been settled: that, and all after it, is kept."""
         if floor > self.floor:
-            self.floor = floor
-            for serial in [serial for serial in self.records if serial < floor]:
+            live = (serial for serial, kept in self.records.items() if not kept.has_last_word)
+            self.floor = max(self.floor, min((floor, *live)))
+            for serial in [serial for serial in self.records if serial < self.floor]:
                 del self.records[serial]
 
     def _admits(self, serial: int, floor: int) -> bool:

@@ -144,7 +144,14 @@ class IpcTransport(Transport):
         if known is not None and known.end == end:
             return
         self.disconnect(peer)
-        metadata = _decoder.decode(end.metadata)
+        try:
+            metadata = _decoder.decode(end.metadata)
+        except msgspec.MsgspecError as error:
+            raise PeerError(f"{peer} does not say where its memory is: {error}") from error
+        if len(metadata.exports) != len(end.regions):
+            raise PeerError(
+                f"{peer} has {len(end.regions)} regions, {len(metadata.exports)} shared"
+            )
         if metadata.host != _boot_id():
             raise PeerError(f"transport 'ipc' stays on one host, {peer} is on another")
         found = _Peer(peer, end, [], [])

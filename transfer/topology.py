@@ -81,6 +81,9 @@ class ReplicaLayout:
     """What else two replicas must have in common, by name: model, revision, dtype."""
 
     def __post_init__(self) -> None:
+        layers = sorted(layer for layout in self.layouts for layer in layout.group.layers)
+        if layers != list(range(self.num_layers)):
+            raise ValueError(f"layers {layers}: expected all from 0 on, else some would not move")
         ends = self.topology.stage_ends
         if ends and ends[-1] != self.num_layers:
             raise ValueError(

@@ -14,6 +14,7 @@ until the commit, because the step writes to them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -251,8 +252,10 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- steps
 
-    def plan(self, now: float) -> StepCommand | None:
-        """The next step, or None when there is nothing to do (or one is in flight)."""
+    def plan(self, now: float, lacks_pages_since: float = math.inf) -> StepCommand | None:
+        """The next step, or None when there is nothing to do (or one is in flight). A waiting
+        request that came after `lacks_pages_since` is not admitted: one elsewhere that came then
+        waits for pages, and would never find them while later ones do."""
         if self._in_flight:
             return None
         budget = self._max_batch_tokens
@@ -278,7 +281,7 @@ class Scheduler:
                 if budget and sequence.row >= 0 and (sequence.remaining == 1) is single:
                     take(sequence)
         while (self.landed or self.waiting) and self._free_rows and budget:
-            if self._is_waiting_first() and self._claim_pages(self.waiting[0]):
+            if self._is_waiting_first(lacks_pages_since) and self._claim_pages(self.waiting[0]):
                 sequence = self.waiting.popleft()
             elif self.landed:
                 sequence = self.landed.popleft()
@@ -292,8 +295,8 @@ class Scheduler:
             return None
         return self._command(items, starts)
 
-    def _is_waiting_first(self) -> bool:
-        if not self.waiting:
+    def _is_waiting_first(self, lacks_pages_since: float) -> bool:
+        if not self.waiting or self.waiting[0].arrived_at > lacks_pages_since:
             return False
         return not self.landed or self.waiting[0].arrived_at < self.landed[0].arrived_at
 

@@ -161,3 +161,22 @@ def test_pages_that_are_verified_carry_digests() -> None:
     complete = {m for _, _, m in run.sent if isinstance(m, PagesWritten) and m.complete}
     assert [[len(digests) for digests in m.digests] for m in complete] == [[8 * 11]]
     assert len(run.reserves()) == 1
+
+
+def test_a_large_prompt_is_not_starved_by_small_ones_that_come_later() -> None:
+    """They are prefilled here, and would always find the few pages that they need."""
+    decode = SimReplica("decode-0", 24, 64, 8, 6)
+    simulation = Simulation(1, [SimReplica("prefill-0", 200, 64, 8, 0), decode])
+    for number in range(200):
+        prompt = [number % 97, number // 97, 1, 2, 3]
+        simulation.at(
+            6.0 * number,
+            lambda r=f"small-{number}", p=prompt: simulation.generate(r, p, 12, "decode-0", ""),
+        )
+    large = [(5 * i) % 97 for i in range(70)]
+    simulation.at(60, lambda: simulation.generate("large", large, 4, "decode-0", "prefill-0"))
+    ended = []
+    simulation.at(600, lambda: ended.append(simulation.reasons("large")))
+    simulation.run()
+    assert ended == [["length"]]
+    assert simulation.tokens("large") == reference(large, 4)

@@ -275,6 +275,20 @@ def test_what_is_below_the_floor_is_forgotten_and_ignored() -> None:
     assert ledger.records == {}
 
 
+def test_a_floor_does_not_pass_what_goes_on() -> None:
+    ledger = SenderLedger()
+    for serial in (1, 3):
+        ledger.cancel(serial, 1, 0.0)
+    ledger.records[2] = SenderHandover([(0, np.array([1], np.int32))], 100.0, PATIENCE)
+    ledger.settled(60)
+    assert ledger.floor == 2
+    assert list(ledger.records) == [3, 2]
+    ledger.cancel(2, 2, 0.0)
+    ledger.settled(60)
+    assert ledger.floor == 60
+    assert ledger.records == {}
+
+
 # ----------------------------------------------------------------------------------------- receiver
 
 

@@ -7,7 +7,7 @@ import plan_model as model
 import pytest
 from hypothesis import given, settings
 
-from transfer.layout import LayerGroup
+from transfer.layout import LayerGroup, PageLayout
 from transfer.topology import RankCoord, ReplicaLayout, Topology
 
 repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=200)
@@ -115,3 +115,10 @@ def test_stages_must_end_with_the_model(ends: tuple[int, ...]) -> None:
 
 def test_a_topology_says_what_it_is() -> None:
     assert str(Topology(tp=8, pp=2, cp=3)) == "tp 8 x pp 2 x cp 3"
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2, 4), (0, 1, 1)])
+def test_layers_that_would_not_move_are_refused(layers: tuple[int, ...]) -> None:
+    layout = PageLayout(LayerGroup("full", layers, 1, 1), 4, 4)
+    with pytest.raises(ValueError, match="expected all from 0 on"):
+        ReplicaLayout(Topology(), (layout,))
