@@ -39,6 +39,9 @@ from transfer.plan import PairPlan
 from transfer.topology import ReplicaLayout, Topology
 from transfer.transport import PagePart
 
+_BATCH_BYTES = 256 << 20
+"""A cached prefix may be gigabytes: what has landed of it is told, and counts, batch by batch."""
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Prefill:
@@ -243,7 +246,9 @@ class Sending:
         for pages in ready:
             self._index.retain(pages.group, pages.source_slots.tolist())
             prefill.held.append((pages.group, pages.source_slots))
-            self._post(prefill, pages, now)
+            at_once = max(1, _BATCH_BYTES // self._whole[pages.group].length)
+            for batch in pages.cut(at_once):
+                self._post(prefill, batch, now)
 
     def _post(self, prefill: _Prefill, pages: ReadyPages, now: float) -> None:
         planned = prefill.plan.writes(*pages)
@@ -281,6 +286,9 @@ class Sending:
         self.kv_seconds += event.seconds
         handover = prefill.handover
         landed = list(handover.landed)
+        for other in self._prefills.values():
+            if other.peer == prefill.peer:
+                other.handover.link_lives(now)
         handover.write_done(
             event.write_id,
             event.error,

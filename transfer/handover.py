@@ -108,6 +108,18 @@ class ReadyPages(NamedTuple):
     source_slots: Int32Array
     target_slots: Int32Array
 
+    def cut(self, num_pages: int) -> list[ReadyPages]:
+        """The same, at most so many at once."""
+        return [
+            ReadyPages(
+                self.group,
+                self.first_page + start,
+                self.source_slots[start : start + num_pages],
+                self.target_slots[start : start + num_pages],
+            )
+            for start in range(0, len(self.source_slots), num_pages)
+        ]
+
 
 class _Batch:
     """Pages taken together, and the writes that move them."""
@@ -130,8 +142,8 @@ class SenderHandover:
         patience_s: float,
         verify: bool = False,
     ) -> None:
-        """By layer group (first page, target slots): page i goes to slots[i - first page]. No write
-        ending for `patience_s` while some are in flight is a reason to cancel."""
+        """By layer group (first page, target slots): page i goes to slots[i - first page]. That no
+        write to the peer ends for `patience_s` while some are in flight is a reason to cancel."""
         self.state = SenderState.OPEN
         self.reason = ""
         """Why it ended early; empty while all is well."""
@@ -162,7 +174,7 @@ class SenderHandover:
         self._retried: set[tuple[int, int]] = set()
         """(group, first page) of batches that failed once."""
         self._last_end = 0.0
-        """When a write ended, or the first was posted."""
+        """When a write to the peer ended, or the first of ours was posted."""
         self._drain_until = 0.0
         self._is_link_broken = False
 
@@ -236,6 +248,10 @@ class SenderHandover:
         for write_id in write_ids:
             self._outstanding[write_id] = batch
 
+    def link_lives(self, now: float) -> None:
+        """A write to the same peer has ended, perhaps another handover's: those take turns."""
+        self._last_end = max(self._last_end, now)
+
     def write_done(
         self,
         write_id: int,
@@ -291,7 +307,7 @@ class SenderHandover:
             if now > self._deadline:
                 self.cancel("timed out", now)
             elif self._outstanding and now > self._last_end + self._patience_s:
-                self.cancel(f"no write has ended for {self._patience_s:g} s", now)
+                self.cancel(f"no write to the peer has ended for {self._patience_s:g} s", now)
         elif self.state is SenderState.DRAINING and now > self._drain_until:
             if self._is_link_broken:
                 raise WritesStuckError(f"{len(self._outstanding)} writes do not end: {self.reason}")

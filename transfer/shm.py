@@ -286,7 +286,8 @@ def _open_peer(name: str, end: Description) -> _Peer:
             if place.file is None:
                 places.append(None)
                 continue
-            if place.offset + region.num_pages * region.page_bytes > place.file.size:
+            size = region.num_pages * region.page_bytes
+            if min(place.offset, size) < 0 or place.offset + size > place.file.size:
                 raise PeerError(f"{region} does not lie within its memory, {place}")
             if place.file not in mapped:
                 mapped[place.file] = map_memory(metadata.process, place.file)

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from hicache.keys import HASH_BYTES, page_hashes, root_hash
+from hicache.keys import HASH_BYTES, object_key, page_hashes, root_hash
 
 
 def test_hashes_are_the_documented_chain():
@@ -79,3 +79,34 @@ def test_what_is_no_token_is_refused(tokens):
 def test_page_size_must_be_positive():
     with pytest.raises(ValueError, match="page_tokens"):
         page_hashes([1, 2], 0, root_hash("model"))
+
+
+def test_object_keys_do_not_collide():
+    hashes = [bytes([value]) * HASH_BYTES for value in (0, 1, 16)]
+    ranges = [range(0, 1), range(0, 11), range(0, 12), range(1, 2), range(1, 12), range(11, 12)]
+    fields = (["", "a", "a.0", "\ud800"], hashes, [0, 1, 11], ranges, ranges)
+    keys = [object_key(*values) for values in itertools.product(*fields)]
+    assert len(set(keys)) == len(keys)
+    assert all(key.isascii() and key.isprintable() and " " not in key for key in keys)
+
+
+def test_object_keys_are_stable():
+    """A change here makes every stored cache unreachable: raise the version tag with it."""
+    assert object_key("m", b"\x07" * HASH_BYTES, 1, range(2, 4), range(0, 18)) == (
+        "2b7488c8b28514d9b7a315f43a152afb" + ".07" + "07" * 31 + ".1.2-4.0-18"
+    )
+
+
+@pytest.mark.parametrize(
+    ("page_hash", "group", "heads"),
+    [
+        (b"short", 0, range(1)),
+        (bytes(HASH_BYTES), -1, range(1)),
+        (bytes(HASH_BYTES), 0, range(0)),
+        (bytes(HASH_BYTES), 0, range(0, 4, 2)),
+        (bytes(HASH_BYTES), 0, range(-1, 1)),
+    ],
+)
+def test_what_names_no_part_is_refused(page_hash, group, heads):
+    with pytest.raises(ValueError, match="got"):
+        object_key("model", page_hash, group, heads, range(1))

@@ -434,3 +434,27 @@ def test_a_floor_is_told_until_it_is_confirmed() -> None:
     assert ledger.must_tell_floor(2.0)
     ledger.settled_heard(2)
     assert not ledger.must_tell_floor(3.0)
+
+
+def test_another_handovers_write_is_a_sign_of_life_of_the_link() -> None:
+    slots = np.arange(1, 5, dtype=np.int32)
+    handover = SenderHandover([(0, slots)], deadline=1000.0, patience_s=30.0)
+    (pages,) = handover.take(4, [slots], final=True)
+    handover.posted(pages, [1], 0.0)
+    handover.tick(29.0)
+    handover.link_lives(29.0)
+    handover.tick(58.0)
+    assert handover.state is SenderState.OPEN
+    handover.tick(60.0)
+    assert handover.state is SenderState.DRAINING
+    assert "30 s" in handover.reason
+
+
+def test_ready_pages_are_cut_without_loss() -> None:
+    slots = np.arange(1, 8, dtype=np.int32)
+    whole = ReadyPages(1, 5, slots, slots + 10)
+    parts = whole.cut(3)
+    assert [part.first_page for part in parts] == [5, 8, 11]
+    assert np.concatenate([part.source_slots for part in parts]).tolist() == slots.tolist()
+    assert np.concatenate([part.target_slots for part in parts]).tolist() == (slots + 10).tolist()
+    assert {part.group for part in parts} == {1}
