@@ -8,6 +8,7 @@ have a hash.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 HASH_BYTES = 32
 _ROOT_VERSION = b"pagerelay root 1"
+_OBJECT_VERSION = b"pagerelay object 1"
 
 
 def root_hash(fingerprint: str, cache_salt: str = "", adapter: str = "") -> bytes:
@@ -54,6 +56,32 @@ def page_hashes(
         parent = sha256(parent + page).digest()
         hashes.append(parent)
     return hashes
+
+
+def object_key(fingerprint: str, page_hash: bytes, group: int, heads: range, layers: range) -> str:
+    """The name of a stored part of a page: that of these KV heads and of these of the layer group's
+    layers, by their place in it.
+
+    The fields are of fixed length or numbers between separators, so that no two different parts
+    have the same name. All of printable ASCII without spaces.
+    """
+    if len(page_hash) != HASH_BYTES:
+        raise ValueError(f"a page hash has {HASH_BYTES} bytes, got {len(page_hash)}")
+    for part in (heads, layers):
+        if part.step != 1 or part.start < 0 or not part:
+            raise ValueError(f"expected a range of consecutive numbers from 0 on, got {part}")
+    if group < 0:
+        raise ValueError(f"a layer group has a number from 0 on, got {group}")
+    return (
+        f"{_model_name(fingerprint)}.{page_hash.hex()}.{group}"
+        f".{heads.start}-{heads.stop}.{layers.start}-{layers.stop}"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _model_name(fingerprint: str) -> str:
+    data = fingerprint.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(_OBJECT_VERSION + data).hexdigest()[:32]
 
 
 def _token_bytes(tokens: npt.NDArray[np.int32] | Sequence[int]) -> bytes:
