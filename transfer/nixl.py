@@ -59,7 +59,7 @@ from transfer.transport import (
 
 _INFINIBAND = Path("/sys/class/infiniband")
 _STAGE_BELOW = 4 << 20
-_STAGE_RUNS = 64
+_STAGE_RUNS = 32
 """Fewer runs than these are written directly: a block takes some 0.1 ms to go through."""
 _BLOCK_BYTES = 64 << 20
 _RING_BYTES = 512 << 20
