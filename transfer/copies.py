@@ -1,8 +1,8 @@
-"""Runs of bytes in host memory: between two mapped buffers, cut into pieces of some megabytes to be
-copied one by one, by any thread; and gathered from and scattered to a buffer.
+"""Runs of bytes between two mapped buffers, cut into pieces of about a megabyte to be copied one by
+one, by any thread.
 
-Long runs go by memmove, short ones by numpy, so that a run does not cost a Python call. Both let
-other threads run.
+Long runs go by memmove, short ones through a buffer of numpy's that stays in the cache, so that a
+run does not cost a Python call. Both let other threads run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from transfer.segments import Int64Array, Segments
 PIECE_BYTES = 4 << 20
 _LONG_BYTES = 128 << 10
 """From here on memmove is as fast, and needs no buffer."""
-_CACHED_BYTES = 128 << 10
-"""What goes through a buffer of numpy's at once: less than a core's own cache."""
 
 Piece = Callable[[], None]
-Bytes = npt.NDArray[np.uint8]
 
 
 def plan_pieces(
@@ -88,8 +85,8 @@ def _long_piece(copies: list[tuple[int, int, int]]) -> Piece:
 
 
 def _short_pieces(
-    source: Bytes,
-    target: Bytes,
+    source: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.uint8],
     source_rows: Int64Array,
     target_rows: Int64Array,
 ) -> Iterator[Piece]:
@@ -100,8 +97,8 @@ def _short_pieces(
 
 
 def _short_piece(
-    source: Bytes,
-    target: Bytes,
+    source: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.uint8],
     source_rows: Int64Array,
     target_rows: Int64Array,
 ) -> Piece:
@@ -111,38 +108,7 @@ def _short_piece(
     return copy
 
 
-def view_memory(address: int, num_bytes: int) -> Bytes:
-    """Memory that the caller keeps alive."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
-
-
-def gather(source: Bytes, offsets: Int64Array, length: int, target: Bytes) -> None:
-    """Copy the `length` bytes from each of the source's offsets on, end to end, to the target."""
-    rows = target[: len(offsets) * length].reshape(-1, length)
-    if not len(offsets):
-        return
-    first = int(offsets[0]) % length
-    numbers, rests = np.divmod(offsets - first, length)
-    if not rests.any():
-        # Without numpy's own buffer in between, which `out` has with mode="raise".
-        whole = source[first : first + (len(source) - first) // length * length]
-        np.take(whole.reshape(-1, length), numbers, axis=0, out=rows, mode="clip")
-        return
-    windows = _windows(source, length)
-    at_once = max(1, _CACHED_BYTES // length)
-    for start in range(0, len(offsets), at_once):
-        rows[start : start + at_once] = windows[offsets[start : start + at_once]]
-
-
-def scatter(source: Bytes, target: Bytes, offsets: Int64Array, length: int) -> None:
-    """Copy what lies end to end in the source, `length` bytes each, to the target's offsets."""
-    # One element each: a tenth faster than rows of bytes.
-    run = np.dtype((np.void, length))
-    places = np.ndarray((len(target) - length + 1,), run, target, strides=(1,))
-    places[offsets] = source[: len(offsets) * length].view(run)
-
-
-def _windows(buffer: mmap.mmap | Bytes, length: int) -> Bytes:
+def _windows(buffer: mmap.mmap, length: int) -> npt.NDArray[np.uint8]:
     """Row i: the `length` bytes from offset i on. No copy."""
     return np.ndarray((len(buffer) - length + 1, length), np.uint8, buffer, strides=(1, 1))
 

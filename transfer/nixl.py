@@ -10,38 +10,31 @@ that no byte follows, all writes in flight to that peer end with the error, and 
 PeerError until `connect` is called again. Results of ended writes are held back until NIXL has let
 go of them.
 
-In host memory UCX copies between processes in the call that posts a write, by one core: 4.7 GB/s in
-pages of 2.3 MiB. So a part of each longer write goes through a second agent, in a thread of its own
-(`transfer/lane.py`), and they reach 8. NIXL's own threads (`num_threads`) do the same, but share
-UCX's workers without a lock: tearing down a connection while they copy, for whichever peer, crashes
-the process.
+Between GPUs many small runs go through large blocks (`transfer/staging.py`): a run costs 2.6 us
+whatever its size, so 1 MiB runs reach 219 GB/s of 394 and 288 KiB ones 79, 32 MiB blocks 383 (two
+H200s). The target must poll for that.
 
-Many small runs go through blocks (`transfer/staging.py`), for a run costs some time whatever its
-size; the target must poll for that. Between GPUs it is 2.6 us: 1 MiB runs reach 219 GB/s of 394 and
-288 KiB ones 79, 32 MiB blocks 383 (two H200s). In host memory, with both threads, it is 1.4 us:
-runs of 512 bytes reach 0.4 GB/s and of 2 KiB 1.5, blocks of them 2.0 and 2.2; at 4 KiB both reach
-2.6. Blocks take 0.55 core-seconds a gigabyte there, to pack, read and unpack, so no more than 3.6.
-
-Options: `threads` that copy in host memory (2 unless told); `staging_bytes`, of the ring in each
-direction (512 MiB for GPU memory, 16 MiB for the host's; 0 turns it off), `staging_below` (runs
-shorter than this are staged), `staging_runs` (if there are as many), `staging_block`. All others go
-to NIXL's UCX plug-in (`num_threads`, `ucx_devices`, ...); UCX itself reads UCX_* variables.
+Options: `staging_bytes`, of the ring in each direction (default 512 MiB for GPU memory, 0 turns it
+off), `staging_below` (runs shorter than this are staged), `staging_block`. All others go to NIXL's
+UCX plug-in (`num_threads`, `ucx_devices`, ...); UCX itself reads UCX_* variables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import nixl._api
+import nixl._bindings
 import numpy as np
+import numpy.typing as npt
 
 from transfer.endpoint import (
     DESCRIPTION_VERSION,
@@ -50,11 +43,8 @@ from transfer.endpoint import (
     decode_description,
     encode_description,
 )
-from transfer.lane import Lane
-from transfer.nixl_wire import NIXL_ERRORS, NixlWire, memory_type, run_rows
-from transfer.rings import Ring, make_ring
 from transfer.segments import plan_segments
-from transfer.staging import Staging
+from transfer.staging import Ring, Staging
 from transfer.transport import (
     Capabilities,
     ConfigurationError,
@@ -68,37 +58,29 @@ from transfer.transport import (
 )
 
 _INFINIBAND = Path("/sys/class/infiniband")
-_THREADS = 2
-_SHARE_BYTES = 1 << 20
-"""From here on a write is worth a thread's waking up."""
+_STAGE_BELOW = 4 << 20
+_STAGE_RUNS = 32
+"""Fewer runs than these are written directly: a block takes some 0.1 ms to go through."""
+_BLOCK_BYTES = 64 << 20
+_RING_BYTES = 512 << 20
 
+# NIXL installs its own handler on standard output and announces every agent there.
+logging.getLogger("nixl").setLevel(logging.WARNING)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _StagingPolicy:
-    ring_bytes: int
-    block_bytes: int
-    below: int
-    """Runs of fewer bytes are staged,"""
-    runs: int
-    """if there are as many in a write: a block takes some time to go through."""
-
-
-_GPU_STAGING = _StagingPolicy(512 << 20, 64 << 20, 4 << 20, 64)
-_HOST_STAGING = _StagingPolicy(16 << 20, 2 << 20, 4 << 10, 1024)
-_STAGING = {
-    "staging_bytes": "ring_bytes",
-    "staging_block": "block_bytes",
-    "staging_below": "below",
-    "staging_runs": "runs",
-}
-"""Options, and which of the policy's fields they set."""
+NIXL_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(
+        value
+        for name, value in vars(nixl._bindings).items()
+        if name.startswith("nixl") and isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
 
 
 class _Metadata(msgspec.Struct, frozen=True):
     agent: bytes
     """NIXL's own."""
-    block_bytes: int
-    """Of the blocks that it takes; 0: none."""
+    stages: bool
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -114,22 +96,12 @@ class _Write:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Shared:
-    """A write of which lanes have shares."""
-
-    peer: _Peer
-    write: _Write
-    left: int
-    """Shares that have not ended."""
-    error: str = ""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
 class _Peer:
     name: str
     end: Description
     agent: str
-    block_bytes: int
+    stages: bool
+    """It takes what is staged."""
     lists: dict[tuple[int, PagePart], tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     """(region, part) -> prepared descriptors of all source and of all target pages."""
     writes: dict[int, _Write] = dataclasses.field(default_factory=dict)
@@ -143,16 +115,15 @@ class NixlTransport(Transport):
     def __init__(self, name: str, options: dict[str, str]) -> None:
         self._name = f"{name}.{uuid.uuid4().hex}"
         self._short_name = name
-        threads = options.pop("threads", None)
-        self._num_threads = _THREADS if threads is None else int(threads)
-        self._policy_options = {
-            field: int(options.pop(name)) for name, field in _STAGING.items() if name in options
-        }
-        self._policy = _HOST_STAGING
+        ring_bytes = options.pop("staging_bytes", None)
+        self._ring_bytes = None if ring_bytes is None else int(ring_bytes)
+        self._stage_below = int(options.pop("staging_below", _STAGE_BELOW))
+        self._block_bytes = int(options.pop("staging_block", _BLOCK_BYTES))
         self._staging: Staging | None = None
-        self._wire: NixlWire | None = None
-        self._rings: list[Ring] = []
+        self._ring_memory: list[Ring] = []
         self._staged: dict[int, _Write] = {}
+        self._rings: dict[str, Any] = {}
+        """Prepared units of our two rings, and of those of the agents that write to us."""
         if not _INFINIBAND.exists():
             # UCX's module for it would do nothing but load the system's libibverbs, if that is
             # there, and with it a second libnl beside the wheel's: the process then crashes at its
@@ -164,9 +135,6 @@ class NixlTransport(Transport):
             self._agent.create_backend("UCX", options)
         except NIXL_ERRORS as error:
             raise ConfigurationError(f"NIXL's UCX plug-in does not start: {error}") from error
-        self._options = options
-        self._lanes: list[Lane] = []
-        self._shared: dict[int, _Shared] = {}
         self._regions: list[Region] = []
         self._registered: list[Any] = []
         self._sources: dict[tuple[int, int, int, int, int], Any] = {}
@@ -186,9 +154,10 @@ class NixlTransport(Transport):
                 size = region.num_pages * region.page_bytes
                 row = (region.address, size, region.device or 0, "")
                 if size:
-                    self._registered.append(self._agent.register_memory([row], memory_type(region)))
+                    self._registered.append(
+                        self._agent.register_memory([row], _memory_type(region))
+                    )
             self._make_staging()
-            self._make_lanes()
         except NIXL_ERRORS as error:
             raise ConfigurationError(f"NIXL cannot register {regions}: {error}") from error
 
@@ -200,49 +169,36 @@ class NixlTransport(Transport):
                 self._name,
                 tuple(self._regions),
                 _encoder.encode(
-                    _Metadata(
-                        self._agent.get_agent_metadata(),
-                        self._policy.block_bytes if self._staging is not None else 0,
-                    )
+                    _Metadata(self._agent.get_agent_metadata(), self._staging is not None)
                 ),
             )
         )
 
     def _make_staging(self) -> None:
-        device = _staging_device(self._regions)
+        device = next((r.device for r in self._regions if r.device is not None), None)
         if device is not None:
             self.capabilities = dataclasses.replace(
                 self.capabilities, poll_s=0.00002, write_bytes=128 << 20
             )
-        defaults = _HOST_STAGING if device is None else _GPU_STAGING
-        self._policy = policy = dataclasses.replace(defaults, **self._policy_options)
-        if not policy.ring_bytes:
+        size = self._ring_bytes
+        if size is None:
+            size = 0 if device is None else _RING_BYTES
+        if not size:
             return
-        num_blocks = max(2, policy.ring_bytes // policy.block_bytes)
-        for _ in range(2):
-            ring = make_ring(device, policy.block_bytes, num_blocks)
-            self._rings.append(ring)
+        rings = [
+            Ring(device, self._block_bytes, max(2, size // self._block_bytes)) for _ in range(2)
+        ]
+        for ring in rings:
             region = ring.region
             row = (region.address, region.num_pages * region.page_bytes, device or 0, "")
-            self._registered.append(self._agent.register_memory([row], memory_type(region)))
-        outbound, inbound = self._rings
-        self._wire = NixlWire(self._agent, inbound.region, self._is_peer)
-        metadata = self._agent.get_agent_metadata()
-        self._staging = Staging(
-            self._wire, self._short_name, metadata, self._regions, outbound, inbound
+            self._registered.append(self._agent.register_memory([row], _memory_type(region)))
+        self._ring_memory = rings
+        outbound, inbound = rings
+        self._rings[""] = self._agent.prep_xfer_dlist(
+            "NIXL_INIT_AGENT", _unit_rows(inbound.region), _memory_type(inbound.region)
         )
-
-    def _make_lanes(self) -> None:
-        if any(region.device is not None for region in self._regions):
-            return
-
-        def make() -> Transport:
-            options = self._options | {"threads": "1", "staging_bytes": "0"}
-            inner = NixlTransport(self._short_name, options)
-            inner.register(self._regions)
-            return inner
-
-        self._lanes = [Lane(make) for _ in range(self._num_threads - 1)]
+        metadata = self._agent.get_agent_metadata()
+        self._staging = Staging(self, self._short_name, metadata, self._regions, outbound, inbound)
 
     def connect(self, peer: str, description: bytes) -> None:
         end = decode_description(description, peer, "nixl", self._regions)
@@ -251,22 +207,16 @@ class NixlTransport(Transport):
             if known.end == end:
                 return
             self.disconnect(peer)
-        leaving = [*self._leaving, *(shared.peer for shared in self._shared.values())]
-        if any(leaver.end.endpoint == end.endpoint for leaver in leaving):
+        if any(leaving.end.endpoint == end.endpoint for leaving in self._leaving):
             raise PeerError(f"{peer} still has writes that are being given up")
-        try:
-            metadata = _decoder.decode(end.metadata)
-        except msgspec.MsgspecError as error:
-            raise PeerError(f"the description of {peer} is not NIXL's: {error}") from error
+        metadata = _decoder.decode(end.metadata)
         try:
             agent = self._agent.add_remote_agent(metadata.agent).decode()
         except NIXL_ERRORS as error:
             raise PeerError(f"NIXL cannot use the description of {peer}: {error}") from error
-        self._peers[peer] = _Peer(peer, end, agent, metadata.block_bytes)
-        if self._staging is not None and metadata.block_bytes:
-            self._staging.connected(peer, agent, metadata.block_bytes)
-        for lane in self._lanes:
-            lane.connect(peer, description)
+        self._peers[peer] = _Peer(peer, end, agent, metadata.stages)
+        if self._staging is not None and metadata.stages:
+            self._staging.connected(peer, agent)
 
     def reset(self, peer: str) -> None:
         if peer in self._peers:
@@ -274,10 +224,10 @@ class NixlTransport(Transport):
 
     def disconnect(self, peer: str) -> None:
         error = f"{peer} was disconnected"
-        if self._staging is not None:
-            self._staging.dead(peer, error)
         if peer in self._peers:
             self._break(self._peers[peer], error)
+        if self._staging is not None:
+            self._staging.dead(peer, error)
 
     def write(
         self,
@@ -312,15 +262,12 @@ class NixlTransport(Transport):
             descriptors=len(runs),
             started=started,
         )
-        if self._is_to_be_staged(target, region, part, len(runs)):
+        if self._is_to_be_staged(target, part, len(runs)):
             assert self._staging is not None
             self._staged[self._last_id] = write
             self._staging.write(peer, self._last_id, region, source_pages, target_pages, part)
             return self._last_id
         target.writes[self._last_id] = write
-        source_pages, target_pages = self._share(
-            self._last_id, target, region, source_pages, target_pages, part
-        )
         try:
             sources, targets = self._prepare(target, region, part)
             write.handle = self._agent.make_prepped_xfer(
@@ -344,6 +291,13 @@ class NixlTransport(Transport):
             self._staging.cancel(write_id)
 
     def poll(self) -> list[WriteResult]:
+        # A peer's death may be reported here as well; its writes' own states tell.
+        with contextlib.suppress(*NIXL_ERRORS):
+            if self._agent is not None:
+                for agent, messages in self._agent.get_new_notifs().items():
+                    for message in messages:
+                        if self._staging is not None:
+                            self._staging.receive(agent, message)
         for peer in list(self._peers.values()):
             try:
                 for write_id, write in list(peer.writes.items()):
@@ -352,8 +306,9 @@ class NixlTransport(Transport):
                         break
             except NIXL_ERRORS as error:
                 self._break(peer, f"NIXL lost {peer.name}: {error}")
-        self._poll_staging()
-        self._poll_lanes()
+        if self._staging is not None and self._agent is not None:
+            for write_id, reason in self._staging.poll():
+                self._report(write_id, self._staged.pop(write_id), reason)
         self._let_go()
         results, self._results = self._results, []
         return results
@@ -363,15 +318,8 @@ class NixlTransport(Transport):
             return
         for peer in list(self._peers.values()):
             self._break(peer, "closed")
-        for lane in self._lanes:
-            lane.close()
-        self._poll_lanes()
-        self._lanes.clear()
         self._staging = None
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
-        for dlist in self._sources.values():
+        for dlist in (*self._sources.values(), *self._rings.values()):
             with contextlib.suppress(*NIXL_ERRORS):
                 dlist.release()
         for registered in self._registered:
@@ -380,43 +328,12 @@ class NixlTransport(Transport):
         self._peers.clear()
         self._leaving.clear()
         self._sources.clear()
+        self._rings.clear()
         self._registered.clear()
         # The agent must go while the interpreter still runs; at exit it can crash.
         self._agent = None
-        while self._rings:
-            self._rings.pop().close()
-
-    def _share(
-        self,
-        write_id: int,
-        peer: _Peer,
-        region: int,
-        source_pages: Int32Array,
-        target_pages: Int32Array,
-        part: PagePart,
-    ) -> tuple[Int32Array, Int32Array]:
-        """Give the lanes their shares of a write; returns ours."""
-        lanes = [lane for lane in self._lanes if lane.is_ready(peer.name)]
-        num_bytes = len(source_pages) * part.page_bytes
-        if not lanes or num_bytes < _SHARE_BYTES or len(source_pages) <= len(lanes):
-            return source_pages, target_pages
-        ours, *shares = zip(
-            np.array_split(source_pages, len(lanes) + 1),
-            np.array_split(target_pages, len(lanes) + 1),
-            strict=True,
-        )
-        self._shared[write_id] = _Shared(peer, peer.writes[write_id], len(lanes) + 1)
-        for lane, share in zip(lanes, shares, strict=True):
-            lane.write((write_id, peer.name, region, *share, part))
-        return ours
-
-    def _poll_lanes(self) -> None:
-        for lane in self._lanes:
-            for write_id, error in lane.poll():
-                shared = self._shared[write_id]
-                self._report(write_id, shared.write, error or "")
-                if error and not shared.peer.error:
-                    self._break(shared.peer, error)
+        while self._ring_memory:
+            self._ring_memory.pop().close()
 
     def _prepare(self, peer: _Peer, region: int, part: PagePart) -> tuple[Any, Any]:
         """Descriptors of `part` of every page, on both sides; made at its first use."""
@@ -426,12 +343,14 @@ class NixlTransport(Transport):
         key = (region, part.source_offset, part.length, part.count, part.source_stride)
         ours, theirs = self._regions[region], peer.end.regions[region]
         if key not in self._sources:
-            rows = run_rows(ours, part.source_offset, part.length, part.count, part.source_stride)
-            self._sources[key] = self._agent.prep_xfer_dlist(
-                "NIXL_INIT_AGENT", rows, memory_type(ours)
+            rows = _descriptors(
+                ours, part.source_offset, part.length, part.count, part.source_stride
             )
-        rows = run_rows(theirs, part.target_offset, part.length, part.count, part.target_stride)
-        targets = self._agent.prep_xfer_dlist(peer.agent, rows, memory_type(theirs))
+            self._sources[key] = self._agent.prep_xfer_dlist(
+                "NIXL_INIT_AGENT", rows, _memory_type(ours)
+            )
+        rows = _descriptors(theirs, part.target_offset, part.length, part.count, part.target_stride)
+        targets = self._agent.prep_xfer_dlist(peer.agent, rows, _memory_type(theirs))
         peer.lists[region, part] = self._sources[key], targets
         return peer.lists[region, part]
 
@@ -445,63 +364,70 @@ class NixlTransport(Transport):
                 write.handle.release()
 
     def _report(self, write_id: int, write: _Write, error: str) -> None:
-        """A write has ended, or a share of it."""
-        shared = self._shared.get(write_id)
-        if shared is not None:
-            error = shared.error = shared.error or error
-            shared.left -= 1
-            if shared.left:
-                return
-            del self._shared[write_id]
         seconds = time.perf_counter() - write.started
         done = (0, 0) if error else (write.bytes_moved, write.descriptors)
         self._results.append(WriteResult(write_id, error or None, *done, seconds))
 
-    def _poll_staging(self) -> None:
-        """As long as there are blocks to copy: whoever sleeps keeps the other side waiting."""
-        for _ in range(2 * self._rings[0].num_blocks if self._rings else 1):
-            self._receive()
-            if self._staging is None:
-                return
-            copies = sum(ring.num_copies for ring in self._rings)
-            for write_id, reason in self._staging.poll():
-                self._report(write_id, self._staged.pop(write_id), reason)
-            if copies == sum(ring.num_copies for ring in self._rings):
-                return
-
-    def _receive(self) -> None:
-        # A peer's death may be reported here as well; its writes' own states tell.
-        with contextlib.suppress(*NIXL_ERRORS):
-            if self._agent is not None:
-                for agent, messages in self._agent.get_new_notifs().items():
-                    for message in messages:
-                        if self._staging is not None:
-                            self._staging.receive(agent, message)
-
-    def _is_to_be_staged(self, peer: _Peer, region: int, part: PagePart, runs: int) -> bool:
+    def _is_to_be_staged(self, peer: _Peer, part: PagePart, runs: int) -> bool:
         return (
             self._staging is not None
-            and bool(peer.block_bytes)
-            and runs >= self._policy.runs
-            and part.length < self._policy.below
-            and all(
-                # Copies stay within a device, or the host.
-                regions[region].device == _staging_device(regions)
-                for regions in (self._regions, peer.end.regions)
-            )
-            and self._staging.fits(peer.name, part)
+            and peer.stages
+            and runs >= _STAGE_RUNS
+            and part.length < self._stage_below
+            and self._staging.fits(part)
         )
 
-    def _is_peer(self, agent: str) -> bool:
-        return any(peer.agent == agent for peer in (*self._peers.values(), *self._leaving))
+    # What `Staging` needs of us.
+
+    def send(self, agent: str, message: bytes) -> None:
+        try:
+            self._agent.send_notif(agent, message)
+        except NIXL_ERRORS as error:
+            raise PeerError(f"NIXL cannot notify {agent}: {error}") from error
+
+    def admit(self, metadata: bytes, ring: Region) -> str:
+        try:
+            agent: str = self._agent.add_remote_agent(metadata).decode()
+            if agent in self._rings:
+                self._rings.pop(agent).release()
+            self._rings[agent] = self._agent.prep_xfer_dlist(
+                agent, _unit_rows(ring), _memory_type(ring)
+            )
+        except NIXL_ERRORS as error:
+            raise PeerError(f"NIXL cannot reach a source's ring: {error}") from error
+        return agent
+
+    def start_read(self, agent: str, remote_units: Int32Array, units: Int32Array) -> Any:
+        try:
+            handle = self._agent.make_prepped_xfer(
+                "READ", self._rings[""], units, self._rings[agent], remote_units
+            )
+            self._agent.transfer(handle)
+        except NIXL_ERRORS as error:
+            raise PeerError(f"NIXL cannot read from {agent}: {error}") from error
+        return handle
+
+    def is_read(self, handle: Any) -> bool:
+        try:
+            state = self._agent.check_xfer_state(handle)
+        except NIXL_ERRORS as error:
+            raise PeerError(f"NIXL cannot read: {error}") from error
+        if state == "ERR":
+            raise PeerError("NIXL's read failed")
+        return bool(state == "DONE")
+
+    def release(self, handle: Any) -> bool:
+        try:
+            handle.release()
+        except NIXL_ERRORS:
+            return False
+        return True
 
     def _break(self, peer: _Peer, error: str) -> None:
         if self._staging is not None:
             self._staging.lost(peer.name, error)
         del self._peers[peer.name]
         peer.error = error
-        for lane in self._lanes:
-            lane.disconnect(peer.name)
         self._leaving.append(peer)
         self._let_go()
 
@@ -520,18 +446,35 @@ class NixlTransport(Transport):
             except NIXL_ERRORS:
                 continue  # a write cannot be given up yet: the next poll tries again
             self._leaving.remove(peer)
-            if self._wire is not None:
-                self._wire.readmit(peer.agent)
-            for write_id, write in peer.writes.items():
-                self._report(write_id, write, peer.error)
+            now = time.perf_counter()
+            self._results += [
+                WriteResult(write_id, peer.error, 0, 0, now - write.started)
+                for write_id, write in peer.writes.items()
+            ]
 
 
-def _staging_device(regions: Sequence[Region]) -> int | None:
-    """Where the rings of an endpoint with these regions are."""
-    return next((region.device for region in regions if region.device is not None), None)
+def _memory_type(region: Region) -> str:
+    return "DRAM" if region.device is None else "VRAM"
+
+
+def _descriptors(
+    region: Region, offset: int, length: int, count: int, stride: int
+) -> npt.NDArray[np.uint64]:
+    """(address, bytes, device) of each run of each page."""
+    pages = np.arange(region.num_pages, dtype=np.uint64)[:, None] * np.uint64(region.page_bytes)
+    runs = np.arange(count, dtype=np.uint64) * np.uint64(stride)
+    rows = np.empty((region.num_pages * count, 3), dtype=np.uint64)
+    rows[:, 0] = (pages + runs).ravel() + np.uint64(region.address + offset)
+    rows[:, 1] = length
+    rows[:, 2] = region.device or 0
+    return rows
+
+
+def _unit_rows(ring: Region) -> npt.NDArray[np.uint64]:
+    return _descriptors(ring, 0, ring.page_bytes, 1, 0)
 
 
 def _descriptor_numbers(pages: Int32Array, count: int) -> Int32Array:
-    """Of the runs of `pages`, in lists made by `run_rows`."""
+    """Of the runs of `pages`, in lists made by `_descriptors`."""
     runs = np.arange(count, dtype=np.int32)
     return (pages.astype(np.int32)[:, None] * np.int32(count) + runs).ravel()

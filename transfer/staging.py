@@ -21,6 +21,7 @@ Not thread-safe; owned by the transport, which carries the messages in order.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 from typing import Any, Protocol
@@ -28,8 +29,11 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from transfer.rings import UNIT_BYTES, Copying, Ring
+from transfer.segments import plan_segments, run_offsets
 from transfer.transport import Int32Array, PagePart, Region, TransportError
+
+UNIT_BYTES = 1 << 20
+"""Blocks are read in whole units, so that descriptors can be prepared."""
 
 # ---------------------------------------------------------------------------------------- messages
 
@@ -77,6 +81,13 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 # ------------------------------------------------------------------------------- what is built upon
 
 
+class Copying(Protocol):
+    """A copy within reach of this process, under way."""
+
+    def is_done(self) -> bool: ...
+    def wait(self) -> None: ...
+
+
 class Wire(Protocol):
     """The transport below. Agents are names of endpoints; errors are TransportErrors."""
 
@@ -84,9 +95,6 @@ class Wire(Protocol):
 
     def admit(self, metadata: bytes, ring: Region) -> str:
         """Make an endpoint and its ring readable; returns its agent."""
-
-    def forget(self, agent: str) -> None:
-        """It will not be read any more."""
 
     def start_read(self, agent: str, remote_units: Int32Array, units: Int32Array) -> Any:
         """Read units of `agent`'s ring into ours."""
@@ -96,6 +104,96 @@ class Wire(Protocol):
 
     def release(self, handle: Any) -> bool:
         """Whether the read is over and forgotten; else to be tried again."""
+
+
+class Ring:
+    """Memory of a device, or of the host, in blocks of `block_bytes`, and copies into and out of
+    it."""
+
+    def __init__(self, device: int | None, block_bytes: int, num_blocks: int) -> None:
+        size = block_bytes * num_blocks
+        self._copier: Any = None
+        self._device: Any = None
+        if device is None:
+            self._memory = np.empty(size, dtype=np.uint8)
+            address = self._memory.ctypes.data
+        else:
+            from transfer import cuda
+            from transfer.gpu import RunCopier
+
+            self._device = cuda.Device(device)
+            self._copier = RunCopier(device)
+            address = self._device.allocate(size)
+        self.block_bytes = block_bytes
+        self.num_blocks = num_blocks
+        self.region = Region(address, size // UNIT_BYTES, UNIT_BYTES, device)
+
+    def close(self) -> None:
+        """Only when nobody reads or writes it any more."""
+        if self._device is not None:
+            self._device.free(self.region.address)
+
+    def unit(self, block: int) -> int:
+        return block * (self.block_bytes // UNIT_BYTES)
+
+    def pack(self, block: int, region: Region, pages: Int32Array, part: PagePart) -> Copying:
+        """Part of each page, end to end, into a block."""
+        places = np.arange(len(pages), dtype=np.int32)
+        packed = PagePart(
+            part.source_offset, 0, part.length, part.count, part.source_stride, part.length
+        )
+        address = self.region.address + block * self.block_bytes
+        return self._copy(region, pages, _packed(address, part), places, packed)
+
+    def unpack(self, block: int, region: Region, pages: Int32Array, part: PagePart) -> Copying:
+        places = np.arange(len(pages), dtype=np.int32)
+        packed = PagePart(
+            0, part.target_offset, part.length, part.count, part.length, part.target_stride
+        )
+        address = self.region.address + block * self.block_bytes
+        return self._copy(_packed(address, part), places, region, pages, packed)
+
+    def _copy(
+        self,
+        source: Region,
+        source_pages: Int32Array,
+        target: Region,
+        target_pages: Int32Array,
+        part: PagePart,
+    ) -> Copying:
+        if self._copier is not None:
+            sources = run_offsets(
+                source_pages, source.page_bytes, part.source_offset, part.count, part.source_stride
+            )
+            targets = run_offsets(
+                target_pages, target.page_bytes, part.target_offset, part.count, part.target_stride
+            )
+            copied: Copying = self._copier.copy(
+                sources + source.address, targets + target.address, part.length
+            )
+            return copied
+        runs = plan_segments(source_pages, target_pages, part, source.page_bytes, target.page_bytes)
+        for to, origin, length in zip(
+            (runs.target_offsets + target.address).tolist(),
+            (runs.source_offsets + source.address).tolist(),
+            runs.lengths.tolist(),
+            strict=True,
+        ):
+            ctypes.memmove(to, origin, length)
+        return _Copied()
+
+
+class _Copied:
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+def _packed(address: int, part: PagePart) -> Region:
+    """A block as an array of page parts."""
+    return Region(address, 0, part.page_bytes)
 
 
 # ------------------------------------------------------------------------------------------- states
@@ -108,8 +206,6 @@ class _Target:
     peer: str
     agent: str
     epoch: int
-    block_bytes: int
-    """What fits into a block of both sides."""
     welcome: bool = False
 
 
@@ -189,11 +285,10 @@ class Staging:
 
     # ------------------------------------------------------------------------------------ outbound
 
-    def connected(self, peer: str, agent: str, block_bytes: int) -> None:
-        """`peer`, with blocks of that size, can be reached, for the first time or again; what is in
-        doubt ends when it has answered."""
-        room = min(block_bytes, self._outbound.block_bytes)
-        target = _Target(peer, agent, next(self._numbers), room)
+    def connected(self, peer: str, agent: str) -> None:
+        """`peer` can be reached, for the first time or again; what is in doubt ends when it has
+        answered."""
+        target = _Target(peer, agent, next(self._numbers))
         for piece in [p for p in self._offered.values() if p.target.peer == peer]:
             if piece.target.agent != agent:
                 self._end(piece, f"{peer} has restarted")
@@ -210,9 +305,10 @@ class Staging:
         target_pages: Int32Array,
         part: PagePart,
     ) -> None:
-        """To a connected peer, of parts that fit. The end is told by `poll`."""
+        """To a connected peer. A part of a page must fit into a block. The end is told by
+        `poll`."""
         target = self._targets[peer]
-        at_once = target.block_bytes // part.page_bytes
+        at_once = self._outbound.block_bytes // part.page_bytes
         cuts = range(0, len(source_pages), at_once)
         self._writes[write_id] = _Write(len(cuts))
         for start in cuts:
@@ -230,9 +326,8 @@ class Staging:
             )
         self._pack()
 
-    def fits(self, peer: str, part: PagePart) -> bool:
-        """Whether a part of a page fits into a block, of ours and of a connected peer's."""
-        return part.page_bytes <= self._targets[peer].block_bytes
+    def fits(self, part: PagePart) -> bool:
+        return part.page_bytes <= self._outbound.block_bytes
 
     def cancel(self, write_id: int) -> None:
         """Pieces that are not offered yet end."""
@@ -254,7 +349,6 @@ class Staging:
             self._end(piece, error)
         for agent in [agent for agent, source in self._sources.items() if source.name == peer]:
             self._forget(self._sources.pop(agent))
-            self._wire.forget(agent)
 
     def _pack(self) -> None:
         for piece in list(self._queue):
@@ -267,7 +361,6 @@ class Staging:
             source = self._regions[piece.region]
             piece.copying = self._outbound.pack(piece.block, source, piece.source_pages, piece.part)
             self._packing.append(piece)
-            self._offer()
 
     def _offer(self) -> None:
         for piece in list(self._packing):
@@ -326,13 +419,13 @@ class Staging:
     def _take(self, inbound: _Inbound) -> bool:
         """Take the next step; whether the offer is done with."""
         offer = inbound.offer
-        if inbound.block < 0 and not inbound.dropped:
-            if not self._free_in:
-                return False
-            self._read(inbound)
         if inbound.dropped:
             if inbound.reading is not None and not self._wire.release(inbound.reading):
                 return False
+        elif inbound.block < 0:
+            if self._free_in:
+                self._read(inbound)
+            return False
         elif inbound.copying is None:
             try:
                 if not self._wire.is_read(inbound.reading):
@@ -347,9 +440,10 @@ class Staging:
             part = PagePart(0, offer.offset, offer.length, offer.count, 0, offer.stride)
             region = self._regions[offer.region]
             inbound.copying = self._inbound.unpack(inbound.block, region, pages, part)
-        if inbound.copying is not None and not inbound.dropped:
-            if not inbound.copying.is_done():
-                return False
+            return False
+        elif not inbound.copying.is_done():
+            return False
+        else:
             self._send(inbound.source.agent, Done(offer.piece))
         if inbound.block >= 0:
             self._free_in.append(inbound.block)

@@ -32,7 +32,7 @@ from hicache.storage.objects import MAX_HEADER_BYTES, StoredObject, view
 from hicache.storage.options import Options
 from hicache.storage.storage import Outcome, StorageConfigurationError, StorageError
 from hicache.storage.threaded import ThreadedStorage
-from transfer.nixl_wire import NIXL_ERRORS
+from transfer.nixl import NIXL_ERRORS
 from transfer.transport import Region
 
 _BATCH_OBJECTS = 32
