@@ -124,6 +124,8 @@ class NixlTransport(Transport):
         self._staged: dict[int, _Write] = {}
         self._rings: dict[str, Any] = {}
         """Prepared units of our two rings, and of those of the agents that write to us."""
+        self._admitted: dict[str, tuple[bytes, Region]] = {}
+        """What `admit` was told of those."""
         if not _INFINIBAND.exists():
             # UCX's module for it would do nothing but load the system's libibverbs, if that is
             # there, and with it a second libnl beside the wheel's: the process then crashes at its
@@ -209,7 +211,19 @@ class NixlTransport(Transport):
             self.disconnect(peer)
         if any(leaving.end.endpoint == end.endpoint for leaving in self._leaving):
             raise PeerError(f"{peer} still has writes that are being given up")
-        metadata = _decoder.decode(end.metadata)
+        try:
+            metadata = _decoder.decode(end.metadata)
+        except msgspec.MsgspecError as error:
+            raise PeerError(f"the description of {peer} is not NIXL's: {error}") from error
+        if any(
+            (own.device is None) != (other.device is None)
+            for own, other in zip(self._regions, end.regions, strict=True)
+            if own.num_pages and other.num_pages
+        ):
+            raise PeerError(
+                f"{peer} has its pages in the other kind of memory: between a GPU's and the host's "
+                "of another process UCX moves 0.5 GB/s; use one kind on both sides"
+            )
         try:
             agent = self._agent.add_remote_agent(metadata.agent).decode()
         except NIXL_ERRORS as error:
@@ -225,6 +239,7 @@ class NixlTransport(Transport):
     def disconnect(self, peer: str) -> None:
         error = f"{peer} was disconnected"
         if peer in self._peers:
+            self._admitted.pop(self._peers[peer].agent, None)
             self._break(self._peers[peer], error)
         if self._staging is not None:
             self._staging.dead(peer, error)
@@ -262,7 +277,7 @@ class NixlTransport(Transport):
             descriptors=len(runs),
             started=started,
         )
-        if self._is_to_be_staged(target, part, len(runs)):
+        if self._is_to_be_staged(target, region, part, len(runs)):
             assert self._staging is not None
             self._staged[self._last_id] = write
             self._staging.write(peer, self._last_id, region, source_pages, target_pages, part)
@@ -368,10 +383,11 @@ class NixlTransport(Transport):
         done = (0, 0) if error else (write.bytes_moved, write.descriptors)
         self._results.append(WriteResult(write_id, error or None, *done, seconds))
 
-    def _is_to_be_staged(self, peer: _Peer, part: PagePart, runs: int) -> bool:
+    def _is_to_be_staged(self, peer: _Peer, region: int, part: PagePart, runs: int) -> bool:
         return (
             self._staging is not None
             and peer.stages
+            and self._regions[region].device == self._ring_memory[0].region.device
             and runs >= _STAGE_RUNS
             and part.length < self._stage_below
             and self._staging.fits(part)
@@ -389,15 +405,27 @@ class NixlTransport(Transport):
         try:
             agent: str = self._agent.add_remote_agent(metadata).decode()
             if agent in self._rings:
-                self._rings.pop(agent).release()
+                with contextlib.suppress(*NIXL_ERRORS):
+                    self._rings.pop(agent).release()
             self._rings[agent] = self._agent.prep_xfer_dlist(
                 agent, _unit_rows(ring), _memory_type(ring)
             )
         except NIXL_ERRORS as error:
             raise PeerError(f"NIXL cannot reach a source's ring: {error}") from error
+        self._admitted[agent] = metadata, ring
         return agent
 
+    def _readmit(self, agent: str) -> None:
+        """NIXL has forgotten an agent that we no longer write to; we may still read its ring."""
+        if agent in self._admitted:
+            with contextlib.suppress(*NIXL_ERRORS):
+                self._rings.pop(agent).release()
+            with contextlib.suppress(PeerError):
+                self.admit(*self._admitted[agent])
+
     def start_read(self, agent: str, remote_units: Int32Array, units: Int32Array) -> Any:
+        if agent not in self._rings:
+            raise PeerError(f"{agent} is out of reach")
         try:
             handle = self._agent.make_prepped_xfer(
                 "READ", self._rings[""], units, self._rings[agent], remote_units
@@ -446,6 +474,7 @@ class NixlTransport(Transport):
             except NIXL_ERRORS:
                 continue  # a write cannot be given up yet: the next poll tries again
             self._leaving.remove(peer)
+            self._readmit(peer.agent)
             now = time.perf_counter()
             self._results += [
                 WriteResult(write_id, peer.error, 0, 0, now - write.started)

@@ -1,6 +1,7 @@
 """NIXL with small runs staged through blocks: every byte in its place, and none after an end was
 told. In host memory, where the same code packs and unpacks without a GPU."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,9 +11,10 @@ import pytest
 
 pytest.importorskip("nixl", reason="nixl is not installed")
 
+from transfer.endpoint import Description, encode_description
 from transfer.nixl import NixlTransport
 from transfer.staging import Hello, Offer, _encoder
-from transfer.transport import PagePart, Region, WriteResult
+from transfer.transport import PagePart, PeerError, Region, WriteResult
 
 OPTIONS = {"staging_bytes": str(8 << 20), "staging_block": str(1 << 20)}
 NUM_PAGES, PAGE_BYTES = 1024, 16384
@@ -178,6 +180,33 @@ def test_cancelled_before_it_is_offered(pair: tuple[End, End]) -> None:
     assert result.error == "cancelled"
     poll_for(0.05, source, target)
     np.testing.assert_array_equal(target.memory, before)
+
+
+def test_a_reset_leaves_the_other_direction_alone(pair: tuple[End, End]) -> None:
+    source, target = pair
+    target.transport.connect("source", source.transport.describe())
+    run_until_idle(pair)
+    pages = shuffled(7, 300)
+    target.transport.write("source", 0, pages, pages)
+    assert [r.error for r in run(1, source, target)] == [None]
+    for _ in range(2):
+        source.transport.reset("target")
+        poll_for(0.02, source, target)
+        target.memory[:] += 1
+        target.transport.write("source", 0, pages, pages)
+        assert [r.error for r in run(1, source, target)] == [None]
+        np.testing.assert_array_equal(source.memory[pages], target.memory[pages])
+        source.transport.connect("target", target.transport.describe())
+
+
+def test_the_other_kind_of_memory_is_refused(make: Callable[..., End]) -> None:
+    source, target = make("source", 1), make("target", 2)
+    description = msgspec.msgpack.decode(target.transport.describe(), type=Description)
+    gpu = msgspec.structs.replace(
+        description, regions=(dataclasses.replace(description.regions[0], device=0),)
+    )
+    with pytest.raises(PeerError, match="the other kind of memory"):
+        source.transport.connect("target", encode_description(gpu))
 
 
 def test_a_target_that_does_not_stage_is_written_directly(make: Callable[..., End]) -> None:
