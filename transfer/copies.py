@@ -1,5 +1,5 @@
-"""Runs of bytes between two mapped buffers, cut into pieces of about a megabyte to be copied one by
-one, by any thread.
+"""Runs of bytes between two mapped buffers, cut into pieces to be copied one by one, by any
+thread.
 
 Long runs go by memmove, short ones through a buffer of numpy's that stays in the cache, so that a
 run does not cost a Python call. Both let other threads run.

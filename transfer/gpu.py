@@ -63,8 +63,7 @@ class _Lane:
 
 class RunCopier:
     """`blocks` bounds how many of a kernel's blocks, of 512 threads, there are; up to two kernels
-    run at once. Between two H200s a single kernel reaches 368 GB/s with 132, 356 with 64 and 345
-    with 32 (4 GiB in runs of 2.4 MiB; peer copy 394), two at once 368 with 64 each."""
+    run at once. docs/log.md has what more or fewer bring."""
 
     def __init__(self, device: int, blocks: int = DEFAULT_BLOCKS) -> None:
         self._device = cuda.Device(device)

@@ -144,10 +144,6 @@ class Scheduler:
             self._forget(sequence)
             self.release_pages(sequence)
 
-    def retire(self, sequence: Tracked) -> None:
-        """Take a sequence out of the batch (no step in flight), leaving its pages to the caller."""
-        self._forget(sequence)
-
     def _forget(self, sequence: Tracked) -> None:
         if sequence.row >= 0:
             self.running.remove(sequence)
