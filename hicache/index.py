@@ -24,21 +24,70 @@ extends its last run while nobody else has used it.
 The caller promises that hashes are chained (a hash names all pages before it as well), that a page
 is complete before it is inserted and that no operation on it is in flight when its last reference
 is released. Host and storage tiers will add slots to the same entries.
+
+An entry belongs to the tenant that inserted it first, if that was given, whoever matches it later.
+A tenant with more entries than its quota loses its own before others lose any, when it inserts new
+ones and when room is needed; what is used or pinned stays, so that it may exceed the quota by that. An index
+without a full-attention group knows no tenants.
+
+With `feed`, what enters the index and what leaves it is recorded for `take_changes`.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import heapq
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from hicache.policy import Run, make_order
 from transfer.layout import LayerGroup
 
 _MAX_RUN_PAGES = 256
 """So that splitting a run, or looking for a slot in it, takes microseconds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """Pages entered the index, consecutive ones of one sequence."""
+
+    parent: bytes
+    """Hash of the page before them, or the namespace's root."""
+    hashes: tuple[bytes, ...]
+    first_page: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Removed:
+    """Pages left the index. A sliding page that goes alone does not count."""
+
+    hashes: tuple[bytes, ...]
+    """In no order."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cleared:
+    """All pages left the index."""
+
+
+Change: TypeAlias = Stored | Removed | Cleared
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TopPrefix:
+    """A run of pages that were matched together."""
+
+    page_hash: bytes
+    """Of its last page."""
+    first_page: int
+    num_pages: int
+    matches: int
+    """That took all of it, since it was inserted; where runs were split, each part has those of
+    the whole."""
+    tenant: str | None
 
 
 class _Run(Run):
@@ -49,6 +98,7 @@ class _Run(Run):
         "holds",
         "in_use",
         "is_fresh",
+        "matches",
         "parent",
         "pinned",
         "references",
@@ -63,8 +113,9 @@ class _Run(Run):
         slots: list[list[int]],
         references: list[int],
         parent: _Run | None,
+        tenant: str | None = None,
     ) -> None:
-        super().__init__(level)
+        super().__init__(level, tenant)
         self.first = first
         """Position in the sequence of its first page."""
         self.hashes = hashes
@@ -84,7 +135,11 @@ class _Run(Run):
         """Leading pages that may not go: all with a hold, else up to the last sliding slot in
         use."""
         self.is_fresh = True
-        """Neither matched nor released since it was inserted."""
+        """Neither released nor pinned since it was inserted."""
+        self.matches = 0
+
+    def __repr__(self) -> str:
+        return f"run {b''.join(self.hashes[:1]).hex()[:8]}"
 
     @property
     def num_pages(self) -> int:
@@ -111,17 +166,18 @@ class PageIndex:
         *,
         reuse: bool = True,
         order: str = "lru",
+        feed: bool = False,
     ) -> None:
         """`num_pages` by group, slot 0 included. `reuse=False`: a mere allocator, nothing is
         cached. `order`: in which entries are evicted; sliding pages always go least recently used
-        first."""
+        first. `feed`: record changes, which somebody has to take."""
         if not groups or len(groups) != len(num_pages) or min(num_pages) < 1:
             raise ValueError(f"{len(groups)} layer groups with pools of {list(num_pages)} pages")
         self.groups = tuple(groups)
         self.page_tokens = page_tokens
         self.reuse = reuse
         self.evictions = 0
-        """Pages evicted to make room, over all groups."""
+        """Pages evicted, over all groups: for room, for a quota, or to clear a tenant."""
         self._num_pages = list(num_pages)
         self._sliding = [g for g, group in enumerate(groups) if group.kind == "sliding"]
         self._full = [g for g in range(len(groups)) if g not in self._sliding]
@@ -147,12 +203,19 @@ class PageIndex:
         self._pins: list[tuple[float, int, _Run | None, list[list[int]]]] = []  # heap by end
         self._num_pins = 0
         self._now = 0
+        self._tenant_pages: dict[str, int] = {}
+        self._quotas: dict[str, int] = {}
+        self._over: dict[str, None] = {}
+        """Tenants with more pages than their quota."""
+        self._changes: list[Change] | None = [] if feed else None
+        self._removed: list[bytes] = []
+        """After the last of `_changes`."""
 
     # --------------------------------------------------------------------------------- prefix reuse
 
     def match(self, hashes: Sequence[bytes]) -> int:
         """The most leading pages that can be used as they are; valid until the next allocate or
-        clear."""
+        clear, or insert where there are quotas."""
         runs = self._runs
         count = len(hashes)
         if self._linked and count and hashes[-1] not in runs:
@@ -195,7 +258,7 @@ class PageIndex:
         order = self._order
         self._now = now = self._now + 1
         for run in runs:
-            run.is_fresh = False
+            run.matches += 1
             for g in self._full:
                 self._add_references(run, g)
             order.hit(run, now)
@@ -233,6 +296,33 @@ class PageIndex:
             taken[g] = slots
         return taken, runs
 
+    def resident(self, hashes: Sequence[bytes], first: int = 0) -> list[list[int]]:
+        """Where pages hashes[first:] lie, up to the last one that has an entry: by group, equally
+        many slots, -1 where a sliding page is not there. Takes no reference and changes nothing,
+        use counts and order included; valid as long as a match."""
+        found: list[list[int]] = [[] for _ in self.groups]
+        count = len(hashes)
+        while not self._linked and count > first and hashes[count - 1] not in self._runs:
+            count -= 1
+        page = first
+        while page < count:
+            run = self._runs.get(hashes[page])
+            if run is None and self._linked:
+                break
+            if run is None:
+                for slots in found:
+                    slots.append(-1)
+                page += 1
+                continue
+            place = page - run.first
+            same = min(len(run.hashes) - place, count - page)
+            if run.hashes[place + same - 1] != hashes[page + same - 1]:
+                same = _common(run.hashes, place, hashes, page, same)
+            for slots, of_run in zip(found, run.slots, strict=True):
+                slots += of_run[place : place + same]
+            page += same
+        return found
+
     def _cut(self, runs: list[_Run], count: int) -> list[_Run]:
         """The runs of a match of `count` pages, the last one ending there."""
         if runs and runs[-1].end > count:
@@ -245,9 +335,10 @@ class PageIndex:
         hashes: Sequence[bytes],
         slots: Sequence[Sequence[int]],
         first_page: int,
+        tenant: str | None = None,
     ) -> None:
         """Make complete pages findable: page first_page + i, with hashes[i], lies in slots[g][i]
-        (or -1).
+        (or -1). Those that are new are the tenant's.
 
         `parent` is the hash of page first_page - 1, or the namespace's root when `first_page` is 0.
         The caller holds a reference on each slot and keeps it. What the index already has stays: a
@@ -258,7 +349,7 @@ class PageIndex:
         if not self.reuse:
             return
         if not self._linked:
-            self._insert_unlinked(hashes, slots, first_page)
+            self._insert_unlinked(parent, hashes, slots, first_page)
             return
         above = None
         if first_page:
@@ -288,10 +379,22 @@ class PageIndex:
         if known < count:
             given = [list(group_slots[known:count]) for group_slots in slots]
             self._check_insertable(given)
-            self._insert_new(above, first_page + known, list(hashes[known:count]), given)
+            new = list(hashes[known:count])
+            self._insert_new(above, first_page + known, new, given, tenant)
+            if self._changes is not None:
+                self._note_stored(hashes[known - 1] if known else parent, new, first_page + known)
+            if tenant is not None:
+                self._count(tenant, len(new))
+                if tenant in self._over:
+                    self._evict_tenant(tenant, len(self._runs))
 
     def _insert_new(
-        self, above: _Run | None, first: int, hashes: list[bytes], slots: list[list[int]]
+        self,
+        above: _Run | None,
+        first: int,
+        hashes: list[bytes],
+        slots: list[list[int]],
+        tenant: str | None,
     ) -> None:
         """Pages that are not in the index, under the page before `first` in `above`."""
         if above is not None and above.end > first:
@@ -310,13 +413,15 @@ class PageIndex:
             references = [0] * len(self.groups)
             for g, group_counts in zip(self._full, counts, strict=True):
                 references[g] = group_counts[begin]
-            if above is not None and _can_grow(above, level, references):
+            if above is not None and _can_grow(above, level, tenant, references):
                 end = begin + min(num_pages, _MAX_RUN_PAGES - len(above.hashes))
                 self._grow(above, hashes[begin:end], [part[begin:end] for part in slots])
             else:
                 end = begin + min(num_pages, _MAX_RUN_PAGES)
                 parts = [part[begin:end] for part in slots]
-                run = _Run(level, first + begin, hashes[begin:end], parts, references, above)
+                run = _Run(
+                    level, first + begin, hashes[begin:end], parts, references, above, tenant
+                )
                 self._add_run(run)
                 above = run
             begin = end
@@ -353,7 +458,11 @@ class PageIndex:
         self._order.add(run, hashes, self._now)
 
     def _insert_unlinked(
-        self, hashes: Sequence[bytes], slots: Sequence[Sequence[int]], first_page: int
+        self,
+        parent: bytes,
+        hashes: Sequence[bytes],
+        slots: Sequence[Sequence[int]],
+        first_page: int,
     ) -> None:
         for i, page_hash in enumerate(hashes):
             run = self._runs.get(page_hash)
@@ -370,6 +479,9 @@ class PageIndex:
                     if slot >= 0:
                         self._owners[g][slot] = run
                         run.in_use += 1
+                if self._changes is not None:
+                    above = hashes[i - 1] if i else parent
+                    self._note_stored(above, [page_hash], first_page + i)
 
     def _adopt(self, run: _Run, group: int, place: int, slot: int) -> None:
         """Fill a sliding page's tombstone."""
@@ -394,9 +506,20 @@ class PageIndex:
             if len(set(group_slots)) < len(group_slots):
                 raise ValueError(f"layer group {g}: two pages in one slot")
 
-    def clear(self) -> None:
+    def clear(self, tenant: str | None = None) -> None:
         """Empty the index: cached pages become free, used ones will when they are released. Pins
-        end."""
+        end.
+
+        Of one tenant, only entries go that nothing keeps: no page of theirs or of what continues
+        them is used or pinned, and nobody else's entry continues them. The others stay, its own.
+        """
+        if tenant is not None:
+            runs = {run: None for run in self._runs.values() if run.owner == tenant}
+            for run in sorted(runs, key=lambda run: run.first, reverse=True):
+                if run.is_evictable:
+                    self._order.withdraw(run)
+                    self._evict_end(run, len(run.hashes))
+            return
         for run in dict.fromkeys(self._runs.values()):
             for g, slots in enumerate(run.slots):
                 for slot in slots:
@@ -412,6 +535,11 @@ class PageIndex:
         for g in self._sliding:
             self._lru[g].clear()
             self._kept[g].clear()
+        self._tenant_pages.clear()
+        self._over.clear()
+        if self._changes is not None:
+            self._flush_removed(self._changes)
+            self._changes.append(Cleared())
 
     def pin(self, hashes: Sequence[bytes], until: float) -> None:
         """Keep a match's pages from eviction until `expire` is called with a time of `until` or
@@ -467,8 +595,10 @@ class PageIndex:
             [slots[:count] for slots in run.slots],
             list(run.references),
             run.parent,
+            run.owner,
         )
         head.is_fresh = run.is_fresh
+        head.matches = run.matches
         head.children = 1
         del run.hashes[:count]
         for slots in run.slots:
@@ -716,39 +846,59 @@ class PageIndex:
         return len(self._free[group]) + self._num_evictable
 
     def _evict_entries(self, count: int) -> None:
-        """Evict so many entries, all groups of them: the order's choice among leaves. There are as
-        many."""
+        """Evict so many entries, all groups of them: what tenants have beyond their quotas, then
+        the order's choice among leaves. There are as many."""
+        if self._over:
+            for tenant in list(self._over):
+                count -= self._evict_tenant(tenant, count)
         while count:
             run = self._order.take()
+            assert isinstance(run, _Run), "nothing evictable was offered"
+            count -= self._evict_end(run, count)
+
+    def _evict_tenant(self, tenant: str, count: int) -> int:
+        """Evict up to `count` of what a tenant has beyond its quota; how many."""
+        count = left = min(count, self._tenant_pages[tenant] - self._quotas[tenant])
+        while left and (run := self._order.take(tenant)) is not None:
             assert isinstance(run, _Run)
-            first = max(run.pinned, len(run.hashes) - count)
-            gone = run.hashes[first:]
-            count -= len(gone)
-            self._num_evictable -= len(gone)
-            del run.hashes[first:]
-            for page_hash in gone:
-                del self._runs[page_hash]
-            for g, slots in enumerate(run.slots):
-                cut = slots[first:]
-                del slots[first:]
-                if g in self._sliding:
-                    cut = [slot for slot in cut if slot >= 0]
-                    for slot in cut:
-                        del self._lru[g][slot]
-                owners = self._owners[g]
+            left -= self._evict_end(run, left)
+        return count - left
+
+    def _evict_end(self, run: _Run, count: int) -> int:
+        """Evict up to `count` pages of an evictable run that is not offered; how many."""
+        first = max(run.pinned, len(run.hashes) - count)
+        gone = run.hashes[first:]
+        self._num_evictable -= len(gone)
+        del run.hashes[first:]
+        runs = self._runs
+        for page_hash in gone:
+            del runs[page_hash]
+        for g, slots in enumerate(run.slots):
+            cut = slots[first:]
+            del slots[first:]
+            if g in self._sliding:
+                cut = [slot for slot in cut if slot >= 0]
                 for slot in cut:
-                    owners[slot] = None
-                self._free[g] += cut
-                self.evictions += len(cut)
-            self._order.remove(run, gone)
-            if run.hashes:
-                if run.is_evictable:
-                    self._order.offer(run)
-            elif run.parent is not None:
-                parent = run.parent
-                parent.children -= 1
-                if not parent.ticket and parent.is_evictable:
-                    self._order.offer(parent)
+                    del self._lru[g][slot]
+            owners = self._owners[g]
+            for slot in cut:
+                owners[slot] = None
+            self._free[g] += cut
+            self.evictions += len(cut)
+        if run.owner is not None:
+            self._count(run.owner, -len(gone))
+        if self._changes is not None:
+            self._removed += gone
+        self._order.remove(run, gone)
+        if run.hashes:
+            if run.is_evictable:
+                self._order.offer(run)
+        elif run.parent is not None:
+            parent = run.parent
+            parent.children -= 1
+            if not parent.ticket and parent.is_evictable:
+                self._order.offer(parent)
+        return len(gone)
 
     def _evict_pages(self, group: int, count: int) -> None:
         """Evict the first sliding pages in line, which leaves tombstones. There are as many."""
@@ -761,7 +911,71 @@ class PageIndex:
             self._free[group].append(slot)
             if not self._linked and max(run.slots) < [0]:
                 del self._runs[run.hashes[0]]
+                if self._changes is not None:
+                    self._removed += run.hashes
         self.evictions += count
+
+    # ---------------------------------------------------------------------------- tenants and feed
+
+    def set_quota(self, tenant: str, pages: int | None) -> None:
+        """The most entries a tenant may have, None for any number. What it has beyond goes when it
+        next inserts, or when room is needed."""
+        if pages is not None and (pages < 0 or not self._linked):
+            raise ValueError(
+                f"a quota of {pages} pages"
+                + ("" if self._linked else ": without a full-attention group there are no tenants")
+            )
+        if pages is None:
+            self._quotas.pop(tenant, None)
+        else:
+            self._quotas[tenant] = pages
+        self._count(tenant, 0)
+
+    def tenant_pages(self) -> dict[str, int]:
+        """Entries of each tenant that has some."""
+        return dict(self._tenant_pages)
+
+    def _count(self, tenant: str, change: int) -> None:
+        pages = self._tenant_pages.pop(tenant, 0) + change
+        if pages:
+            self._tenant_pages[tenant] = pages
+        if pages > self._quotas.get(tenant, pages):
+            self._over[tenant] = None
+        else:
+            self._over.pop(tenant, None)
+
+    def top_prefixes(self, count: int) -> list[TopPrefix]:
+        """The runs from which most pages were reused, then the longest ones. Looks at all; no
+        matches are counted without a full-attention group."""
+        runs = heapq.nlargest(
+            count,
+            dict.fromkeys(self._runs.values()),
+            key=lambda run: (run.matches * len(run.hashes), len(run.hashes)),
+        )
+        return [
+            TopPrefix(run.hashes[-1], run.first, len(run.hashes), run.matches, run.owner)
+            for run in runs
+        ]
+
+    def take_changes(self) -> list[Change]:
+        """What entered and left the index since the last call, in order; applied in order to a set
+        of hashes, it is the index. Empty without `feed`."""
+        if self._changes is None:
+            return []
+        changes = self._changes
+        self._flush_removed(changes)
+        self._changes = []
+        return changes
+
+    def _note_stored(self, parent: bytes, hashes: Sequence[bytes], first_page: int) -> None:
+        assert self._changes is not None
+        self._flush_removed(self._changes)
+        self._changes.append(Stored(parent, tuple(hashes), first_page))
+
+    def _flush_removed(self, changes: list[Change]) -> None:
+        if self._removed:
+            changes.append(Removed(tuple(self._removed)))
+            self._removed = []
 
     # ------------------------------------------------------------------------------------- counters
 
@@ -798,56 +1012,51 @@ class PageIndex:
         if self._linked:
             self._check_holds(runs)
             self._check_leaves(runs)
+        self._check_tenants(runs)
 
     def _check_run(self, run: _Run) -> None:
-        where = f"run {run.hashes[0].hex()[:8]}"
         count = len(run.hashes)
-        assert 0 < count <= _MAX_RUN_PAGES, f"{where} has {count} pages"
+        assert 0 < count <= _MAX_RUN_PAGES, f"{run} has {count} pages"
         for page_hash in run.hashes:
-            assert self._runs.get(page_hash) is run, f"{where}: {page_hash.hex()[:8]} is another's"
-        assert len(run.slots) == len(run.references) == len(self.groups), f"{where} lacks a group"
+            assert self._runs.get(page_hash) is run, f"{run}: {page_hash.hex()[:8]} is another's"
+        assert len(run.slots) == len(run.references) == len(self.groups), f"{run} lacks a group"
         for g, slots in enumerate(run.slots):
-            assert len(slots) == count, f"{where} has {len(slots)} slots in group {g}"
+            assert len(slots) == count, f"{run} has {len(slots)} slots in group {g}"
             if g in self._full:
-                assert min(slots) > 0, f"{where} lacks pages in full group {g}"
-                assert run.references[g] >= 0, f"{where}: {run.references[g]} references"
+                assert min(slots) > 0, f"{run} lacks pages in full group {g}"
+                assert run.references[g] >= 0, f"{run}: {run.references[g]} references"
             else:
-                assert not run.references[g], f"{where} counts references in sliding group {g}"
+                assert not run.references[g], f"{run} counts references in sliding group {g}"
             for slot in slots:
                 if slot >= 0:
-                    assert self._owners[g][slot] is run, (
-                        f"slot {slot} of group {g} is not {where}'s"
-                    )
+                    assert self._owners[g][slot] is run, f"slot {slot} of group {g} is not {run}'s"
         if not self._linked:
-            assert count == 1, f"{where} has several pages"
-            assert max(run.slots) > [0], f"{where} has no page in any layer group"
+            assert count == 1, f"{run} has several pages"
+            assert max(run.slots) > [0], f"{run} has no page in any layer group"
         if run.parent is not None:
             parent = run.parent
-            assert self._runs.get(parent.hashes[-1]) is parent, f"{where} outlived its parent"
-            assert parent.end == run.first, f"{where} does not follow its parent"
+            assert self._runs.get(parent.hashes[-1]) is parent, f"{run} outlived its parent"
+            assert parent.end == run.first, f"{run} does not follow its parent"
         else:
-            assert not self._linked or run.first == 0, f"{where} has no parent"
+            assert not self._linked or run.first == 0, f"{run} has no parent"
 
     def _check_pool(self, g: int) -> None:
         free = set(self._free[g])
         assert len(free) == len(self._free[g]), f"group {g}: a slot is free twice"
-        references = self.references(g)
-        cached = set()
-        for slot in range(self._num_pages[g]):
-            owner = self._owners[g][slot]
-            where = f"group {g}, slot {slot}"
-            assert self._references[g][slot] >= 0, f"{where}: negative references"
+        used: set[int] = set()
+        cached: set[int] = set()
+        pool = zip(self._references[g], self._owners[g], strict=True)
+        for slot, (count, owner) in enumerate(pool):
+            assert count >= 0, f"slot {g}/{slot}: negative references"
             if owner is not None:
-                assert slot in owner.slots[g], f"{where}: not its owner's"
-                assert self._runs.get(owner.hashes[0]) is owner, f"{where}: owner is gone"
-                if g in self._full:
-                    assert not self._references[g][slot], f"{where}: counts for itself"
-            if slot not in references:
-                if owner is not None:
-                    cached.add(slot)
-                else:
-                    assert (slot in free) == (slot != 0), f"{where}: leaked, or the null page free"
-        used = set(references)
+                assert slot in owner.slots[g], f"slot {g}/{slot}: not its owner's"
+                assert self._runs.get(owner.hashes[0]) is owner, f"slot {g}/{slot}: owner is gone"
+                assert not count or g in self._sliding, f"slot {g}/{slot}: counts for itself"
+                (used if count or owner.references[g] else cached).add(slot)
+            elif count:
+                used.add(slot)
+            else:
+                assert (slot in free) == (slot > 0), f"slot {g}/{slot}: leaked, or a free null page"
         assert 0 not in used | cached, f"group {g}: the null page is in use"
         assert not free & (used | cached), (
             f"group {g}: free slots {free & (used | cached)} have owners"
@@ -870,19 +1079,18 @@ class PageIndex:
         children: Counter[_Run] = Counter()
         evictable = 0
         for run in sorted(runs, key=lambda run: run.first, reverse=True):  # children first
-            where = f"run {run.hashes[0].hex()[:8]}"
             used = [
                 place
                 for g in self._sliding
                 for place, slot in enumerate(run.slots[g])
                 if slot >= 0 and self._references[g][slot]
             ]
-            assert run.in_use == len(used), f"{where}: {run.in_use} sliding slots used"
+            assert run.in_use == len(used), f"{run}: {run.in_use} sliding slots used"
             holds[run] += sum(count > 0 for count in run.references)
-            assert run.holds == holds[run], f"{where}: {run.holds} holds, not {holds[run]}"
+            assert run.holds == holds[run], f"{run}: {run.holds} holds, not {holds[run]}"
             pinned = len(run.hashes) if holds[run] else max(used, default=-1) + 1
-            assert run.pinned == pinned, f"{where}: {run.pinned} pages pinned, not {pinned}"
-            assert run.children == children[run], f"{where}: children not {children[run]}"
+            assert run.pinned == pinned, f"{run}: {run.pinned} pages pinned, not {pinned}"
+            assert run.children == children[run], f"{run}: children not {children[run]}"
             evictable += len(run.hashes) - pinned
             if run.parent is not None:
                 children[run.parent] += 1
@@ -891,17 +1099,27 @@ class PageIndex:
 
     def _check_leaves(self, runs: list[_Run]) -> None:
         for run in runs:
-            where = f"run {run.hashes[0].hex()[:8]}"
-            assert run.ticket or not run.is_evictable, f"{where}: an evictable leaf is not offered"
+            assert run.ticket or not run.is_evictable, f"{run}: an evictable leaf is not offered"
         self._order.check_integrity(runs)
 
+    def _check_tenants(self, runs: list[_Run]) -> None:
+        pages: dict[str, int] = {}
+        for run in runs:
+            if run.owner is not None:
+                pages[run.owner] = pages.get(run.owner, 0) + len(run.hashes)
+        assert pages == self._tenant_pages, f"tenants have {pages} pages, not as counted"
+        over = {tenant for tenant, quota in self._quotas.items() if pages.get(tenant, 0) > quota}
+        assert over == self._over.keys(), f"{over} are over their quotas, not {set(self._over)}"
 
-def _can_grow(run: _Run, level: int, references: list[int]) -> bool:
+
+def _can_grow(run: _Run, level: int, tenant: str | None, references: list[int]) -> bool:
     """Whether new pages after its last one would have its history."""
     return (
         run.is_fresh
+        and not run.matches
         and not run.children
         and run.level == level
+        and run.owner == tenant
         and run.references == references
         and len(run.hashes) < _MAX_RUN_PAGES
     )

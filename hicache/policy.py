@@ -4,7 +4,8 @@ Pure. An order sees runs: consecutive pages of one sequence with one history. It
 happens to them, keeps its own notes in them, and gives the next leaf to evict from. It does not
 know slots, references or what hashes mean, and never decides whether a page may be evicted: the
 index offers only leaves, and cuts pages from a run's end, so that the device tier stays
-prefix-closed under any order. Time is the index's counter of calls.
+prefix-closed under any order. Time is the index's counter of calls. A run may have an owner, a
+name that means nothing here; the next leaf of one owner can be asked for, by the same order.
 
   lru     the least recently used: last released longest ago
   lfu     the least often matched; among equals the least recently used
@@ -26,9 +27,10 @@ Every step takes O(log n) of the leaves, amortised over the matches and insertio
 from __future__ import annotations
 
 import heapq
+import itertools
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 _PROTECTED = 0.8
@@ -37,18 +39,23 @@ _MAX_HITS = 3
 _EQUAL_COST_TOKENS = 24_576
 
 Key: TypeAlias = tuple[int, int]
+_Record: TypeAlias = "tuple[int, int, int, Run]"
+"""Key, ticket, run."""
 
 
 class Run(ABC):
-    """What an order knows of some consecutive pages. The fields are the order's own."""
+    """What an order knows of some consecutive pages. The fields are the order's own, but for
+    `owner`."""
 
-    __slots__ = ("age", "hits", "level", "ticket")
+    __slots__ = ("age", "hits", "level", "owner", "ticket")
 
-    def __init__(self, level: int = 0) -> None:
+    def __init__(self, level: int = 0, owner: str | None = None) -> None:
         self.age = 0
         self.hits = 0
         self.level = level
         """Which queue or class it is in."""
+        self.owner = owner
+        """Stays the same."""
         self.ticket = 0
         """Of its record among the leaves; 0 when it has none."""
 
@@ -68,50 +75,90 @@ class Run(ABC):
 
 
 class Leaves:
-    """Offered runs, smallest key first: a heap with one valid record for each.
+    """Offered runs, smallest key first: a heap with one valid record for each, and one more heap
+    for the runs of each owner.
 
     A record stays when its run is used again, and is brought up to date when it comes to the top.
     """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int, Run]] = []
+    def __init__(self, tickets: Iterator[int] | None = None) -> None:
+        """`tickets` of another one, between which runs move."""
+        self.tickets = tickets or itertools.count(1)
+        self._heap: list[_Record] = []
         self._num_valid = 0
-        self._ticket = 0
+        self._owned: dict[str, Leaves] = {}
 
     def __len__(self) -> int:
-        return len(self._heap)
+        """Records, of all heaps."""
+        return len(self._heap) + sum(map(len, self._owned.values()))
 
     def clear(self) -> None:
         self._heap.clear()
         self._num_valid = 0
+        self._owned.clear()
 
     def check_integrity(self, runs: Sequence[Run]) -> None:
+        valid = self._valid()
+        assert set(valid) <= set(runs), "a leaf that is gone"
+        owners = {run.owner for run in valid if run.owner is not None}
+        assert owners == self._owned.keys(), "heaps are not those of the leaves' owners"
+        for owner in owners:
+            owned = [run for run in valid if run.owner == owner]
+            assert set(self._owned[owner]._valid()) == set(owned), f"{owner} lacks leaves"
+
+    def _valid(self) -> list[Run]:
         valid = [record[3] for record in self._heap if record[2] == record[3].ticket]
         assert len(valid) == self._num_valid, f"{len(valid)} leaves, not {self._num_valid}"
-        assert set(valid) <= set(runs), "a leaf that is gone"
+        return valid
 
     def push(self, key: Key, run: Run) -> None:
         """Replaces the run's record, if it has one here."""
-        if not run.ticket:
-            self._num_valid += 1
-        self._ticket += 1
-        run.ticket = self._ticket
-        heapq.heappush(self._heap, (*key, self._ticket, run))
+        is_new = not run.ticket
+        self._num_valid += is_new
+        run.ticket = ticket = next(self.tickets)
+        record = (*key, ticket, run)
+        heapq.heappush(self._heap, record)
         if len(self._heap) > 2 * self._num_valid + 16:
-            self._heap = [record for record in self._heap if record[2] == record[3].ticket]
-            heapq.heapify(self._heap)
+            self._compact()
+        if run.owner is not None:
+            owned = self._owned.setdefault(run.owner, Leaves(self.tickets))
+            owned._num_valid += is_new
+            heapq.heappush(owned._heap, record)
+            if len(owned._heap) > 2 * owned._num_valid + 16:
+                owned._compact()
 
-    def pop(self) -> tuple[Key, Run] | None:
-        """The evictable run with the smallest recorded key."""
-        while self._heap:
-            first, second, ticket, run = heapq.heappop(self._heap)
+    def _compact(self) -> None:
+        self._heap = [record for record in self._heap if record[2] == record[3].ticket]
+        heapq.heapify(self._heap)
+
+    def pop(self, owner: str | None = None) -> tuple[Key, Run] | None:
+        """The evictable run with the smallest recorded key: of one owner, or of all."""
+        heap = self._heap
+        if owner is not None:
+            heap = self._owned[owner]._heap if owner in self._owned else []
+        while heap:
+            first, second, ticket, run = heapq.heappop(heap)
             if ticket != run.ticket:
                 continue
             run.ticket = 0
             self._num_valid -= 1
+            if run.owner is not None:
+                self._disown(run.owner)
             if run.is_evictable:
                 return (first, second), run
         return None
+
+    def withdraw(self, run: Run) -> None:
+        """Its record is valid no more."""
+        run.ticket = 0
+        self._num_valid -= 1
+        if run.owner is not None:
+            self._disown(run.owner)
+
+    def _disown(self, owner: str) -> None:
+        self._owned[owner]._num_valid -= 1
+        if not self._owned[owner]._num_valid:
+            del self._owned[owner]
 
 
 class Order(ABC):
@@ -160,16 +207,20 @@ class Order(ABC):
         """It has become evictable (or is again, after `take`), and has no ticket."""
         self.leaves.push(self.key(run), run)
 
-    def take(self) -> Run:
-        """The next run to evict from, no longer offered. There is one."""
-        while True:
-            found = self.leaves.pop()
-            assert found is not None, "nothing evictable was offered"
+    def take(self, owner: str | None = None) -> Run | None:
+        """The next run to evict from, of one owner or of all, no longer offered; None when there
+        is none."""
+        while (found := self.leaves.pop(owner)) is not None:
             recorded, run = found
             key = self.key(run)
             if key == recorded:
                 return run
             self.leaves.push(key, run)  # used since
+        return None
+
+    def withdraw(self, run: Run) -> None:
+        """It is offered no more."""
+        self.leaves.withdraw(run)
 
 
 class LruOrder(Order):
@@ -241,7 +292,7 @@ class S3FifoOrder(Order):
         super().__init__(num_pages, page_tokens)
         self._limit = int(num_pages * _SMALL)
         self._num_small = 0
-        self._main = Leaves()
+        self._main = Leaves(self.leaves.tickets)
         self._ghosts: set[bytes] = set()
         # What they were when they left, oldest first, all lengths in all. A page that came back
         # stays in its batch: if it leaves again, it may be forgotten with the older one.
@@ -307,11 +358,15 @@ class S3FifoOrder(Order):
     def offer(self, run: Run) -> None:
         (self._main if run.level else self.leaves).push(self.key(run), run)
 
-    def take(self) -> Run:
+    def withdraw(self, run: Run) -> None:
+        (self._main if run.level else self.leaves).withdraw(run)
+
+    def take(self, owner: str | None = None) -> Run | None:
         while True:
-            found = self.leaves.pop() if self._num_small > self._limit else None
-            found = found or self._main.pop() or self.leaves.pop()
-            assert found is not None, "nothing evictable was offered"
+            found = self.leaves.pop(owner) if self._num_small > self._limit else None
+            found = found or self._main.pop(owner) or self.leaves.pop(owner)
+            if found is None:
+                return None
             run = found[1]
             if run.level and run.hits:
                 run.hits -= 1
@@ -340,9 +395,10 @@ class CostOrder(Order):
     def release(self, run: Run, now: int) -> None:
         run.age = self._evicted
 
-    def take(self) -> Run:
-        run = super().take()
-        self._evicted = max(self._evicted, self.key(run)[0])
+    def take(self, owner: str | None = None) -> Run | None:
+        run = super().take(owner)
+        if run is not None:
+            self._evicted = max(self._evicted, self.key(run)[0])
         return run
 
 

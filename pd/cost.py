@@ -181,6 +181,30 @@ def plan_pools(
     return _pages(layouts, role, low)
 
 
+def plan_host(layouts: Sequence[PageLayout], memory_bytes: int) -> list[int]:
+    """Pages of each layer group in a node's host tier, the reserved page 0 counted.
+
+    Beside a full group, a sliding one gets a quarter as many: of a sequence only the last window is
+    used again, unless another one branches off before. Raises SpecError when not even two fit.
+    """
+    is_mixed = any(layout.group.kind != "sliding" for layout in layouts)
+    shares = [4 if is_mixed and layout.group.kind == "sliding" else 1 for layout in layouts]
+
+    def pages(count: int) -> list[int]:
+        return [max(2, _ceil(count, share)) for share in shares]
+
+    if _pool_bytes(layouts, pages(2)) > memory_bytes:
+        raise SpecError(
+            f"cache.host.memory: found {format_bytes(memory_bytes)}, expected at least "
+            f"{format_bytes(_pool_bytes(layouts, pages(2)))} (two pages of each layer group)"
+        )
+    each = sum(layout.page_bytes / share for layout, share in zip(layouts, shares, strict=True))
+    count = max(2, int(memory_bytes / each))
+    while _pool_bytes(layouts, pages(count)) > memory_bytes:
+        count -= 1
+    return pages(count)
+
+
 def max_context(
     layouts: Sequence[PageLayout], pages: Sequence[int], role: RoleSpec, limit: int | None = None
 ) -> int | None:

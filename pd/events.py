@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pd.engine.batch import StepCommand, StepResult
 from pd.messages import AnyMessage, Int32Array
-from pd.spec import Role
+from pd.spec import MemberRole
 from transfer.topology import Topology
 from transfer.transport import PagePart
 
@@ -47,9 +47,19 @@ class Digested:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PagesCopied:
+    """Answer to `CopyPages`: it has ended. `error` None means that every page was copied."""
+
+    copy_id: int
+    error: str | None
+    bytes_moved: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PeerUp:
     name: str
-    role: Role | None = None
+    role: MemberRole | None = None
     """None: an API process."""
     topology: Topology = Topology()  # noqa: RUF009 (frozen)
 
@@ -67,7 +77,7 @@ class Tick:
     """Time has passed; sent several times a second."""
 
 
-Event = Received | StepDone | Written | Digested | PeerUp | PeerDown | Tick
+Event = Received | StepDone | Written | Digested | PagesCopied | PeerUp | PeerDown | Tick
 
 # ------------------------------------------------------------------------------------------ effects
 
@@ -125,10 +135,22 @@ class Digest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CopyPages:
+    """Copy whole pages between the device tier and the node's host tier; answered by
+    `PagesCopied`."""
+
+    copy_id: int
+    device_pages: tuple[Int32Array, ...]
+    """By layer group."""
+    host_pages: tuple[Int32Array, ...]
+    to_host: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Warn:
     """A line for the log."""
 
     text: str
 
 
-Effect = Send | RunStep | Write | CancelWrite | BreakLink | Digest | Warn
+Effect = Send | RunStep | Write | CancelWrite | BreakLink | Digest | CopyPages | Warn

@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from hicache.index import PageIndex
+from hicache.messages import Found, Room
+from pd.caching import Caching
 from pd.checks import is_sound
 from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
@@ -33,6 +35,7 @@ from pd.events import (
     Digested,
     Effect,
     Event,
+    PagesCopied,
     PeerDown,
     PeerUp,
     Received,
@@ -50,7 +53,6 @@ from pd.messages import (
     FinishReason,
     Generate,
     HandoverClosed,
-    Heartbeat,
     Output,
     Outputs,
     PagesWritten,
@@ -67,7 +69,7 @@ from pd.messages import (
 )
 from pd.receiving import Receiving
 from pd.sending import Sending
-from pd.spec import Role
+from pd.spec import CacheSpec, MemberRole
 from transfer.layout import PageLayout
 from transfer.topology import Topology
 
@@ -75,6 +77,7 @@ from transfer.topology import Topology
 
 _MAX_HANDOVERS = 3
 """Of one request; then it is prefilled here."""
+_FORGET = 0.9
 _COUNTERS = ("steps", "decode_tokens", "aborted", "failed", "dropped_messages")
 """Fields of ReplicaLoad that only grow."""
 
@@ -111,16 +114,25 @@ class Leader:
         topology: Topology = Topology(),  # noqa: B008 (frozen)
         handover_timeout_s: float = 30.0,
         verify: bool = False,
+        cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
     ) -> None:
         self.name = name
         self.index = index
         groups = tuple(layout.group for layout in layouts)
         page_tokens = layouts[0].page_tokens
-        self.scheduler = Scheduler(index, groups, page_tokens, max_batch_tokens, max_running)
+        self.scheduler = Scheduler(
+            index,
+            groups,
+            page_tokens,
+            max_batch_tokens,
+            max_running,
+            lambda sequence, begin, end: self._caching.published(sequence, begin, end),
+            lambda sequence, num_pages: self._caching.reused(sequence, num_pages),
+        )
         self._groups = groups
         self._page_tokens = page_tokens
         self._local_prefill_tokens = local_prefill_tokens
-        self._peers: dict[str, Role | None] = {}
+        self._peers: dict[str, MemberRole | None] = {}
         self._generations: dict[str, _Generation] = {}
         self._by_sequence: dict[Tracked, _Generation] = {}
         self._reserving: list[_Generation] = []
@@ -143,15 +155,29 @@ class Leader:
             self._emit,
         )
         self._sending = Sending(
-            self.scheduler,
             index,
             layouts,
             topology,
             handover_timeout_s,
             numbers,
+            self._queue,
+            self._drop,
             self._send,
             self._emit,
         )
+        self._caching = Caching(
+            self.scheduler,
+            index,
+            groups,
+            [layout.page_bytes for layout in layouts],
+            page_tokens,
+            cache,
+            numbers,
+            self.scheduler.add,
+            self._send,
+            self._emit,
+        )
+        self._prefill_rate = _Rate()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Apply one event. `now` is monotonic, in seconds. The effects are to be carried out in
@@ -169,8 +195,12 @@ class Leader:
             case Digested():
                 if not self._sending.digested(event):
                     self._receiving.digested(event, now)
+            case PagesCopied():
+                self._caching.copied(event)
             case PeerUp(name, role, topology):
                 self._peers[name] = role
+                if role == "cache":
+                    self._caching.keeper_up(name)
                 self._receiving.peer_up(name)
                 self._sending.peer_up(name, topology)
             case PeerDown(name, reason):
@@ -179,6 +209,7 @@ class Leader:
                 self._tick(now)
             case _:
                 assert_never(event)
+        self._caching.advance(self._prefill_rate.per_s, now)
         self._reserve_waiting(now)
         self._run_step(now)
         for api, outputs in self._outputs.items():
@@ -199,9 +230,9 @@ class Leader:
             *self.scheduler.waiting,
             *(g.sequence for g in self._reserving),
         ]
-        sending, receiving = self._sending, self._receiving
+        sending, receiving, caching = self._sending, self._receiving, self._caching
         return ReplicaLoad(
-            waiting=len(waiting),
+            waiting=len(waiting) + len(caching),
             running=len(self.scheduler.running),
             handovers_in=len(receiving),
             handovers_out=len(sending),
@@ -222,6 +253,15 @@ class Leader:
             handovers_failed=receiving.num_failed,
             handovers_overdue=receiving.num_overdue,
             digest_mismatches=receiving.num_mismatches,
+            fetching=len(caching),
+            host_pages_in=caching.pages_in,
+            host_bytes_in=caching.bytes_in,
+            host_seconds_in=caching.seconds_in,
+            host_pages_out=caching.pages_out,
+            host_bytes_out=caching.bytes_out,
+            host_seconds_out=caching.seconds_out,
+            host_pages_not_offered=caching.dropped_offers,
+            pages_evicted=index.evictions,
             **self._counts,
         )
 
@@ -247,10 +287,10 @@ class Leader:
                 self._receiving.receive(sender, message, now)
             case SettledHeard():
                 self._receiving.settled_heard(sender, message)
-            case Outputs() | Heartbeat():
-                pass
+            case Found() | Room():
+                self._caching.receive(sender, message, now)
             case _:
-                assert_never(message)
+                pass  # for others
 
     # --------------------------------------------------------------------- generation (decode side)
 
@@ -267,14 +307,14 @@ class Leader:
             message.prefill,
         )
         self._generations[message.request_id] = self._by_sequence[sequence] = generation
-        self._place(generation)
+        self._place(generation, now)
 
     def _track(self, message: Generate | Reserve, now: float) -> Tracked:
         hashes = split_hashes(message.page_hashes)
         prompt = unpack_ints(message.prompt)
         return Tracked(prompt, message.sampling, message.root, hashes, len(self._groups), now)
 
-    def _place(self, generation: _Generation) -> None:
+    def _place(self, generation: _Generation, now: float) -> None:
         """Queue it for a handover or, with little to compute or nobody to ask, for our own
         batch."""
         sequence = generation.sequence
@@ -287,7 +327,16 @@ class Leader:
         if generation.prefill:
             bisect.insort(self._reserving, generation, key=lambda g: g.sequence.arrived_at)
         else:
+            self._queue(sequence, now)
+
+    def _queue(self, sequence: Tracked, now: float) -> None:
+        """Have it computed here, once what the host tier has of it is there."""
+        if not self._caching.fetch(sequence, self._prefill_rate.per_s, now):
             self.scheduler.add(sequence)
+
+    def _drop(self, sequence: Tracked) -> None:
+        self._caching.leave(sequence)
+        self.scheduler.drop(sequence)
 
     def _choose_prefill(self, generation: _Generation) -> str:
         """The one named if possible, else another connected one; empty: none."""
@@ -350,6 +399,8 @@ class Leader:
         stats.queue_s += message.queue_s
         stats.prefill_s = message.prefill_s
         stats.cached_tokens_prefill = message.cached_tokens
+        stats.cached_tokens_host = message.host_tokens
+        stats.cached_tokens_storage = message.storage_tokens
         generation.first_token_at = now
         sequence.append(message.token)
         self._deliver(generation, message.token, message.logprob, now)
@@ -365,7 +416,7 @@ class Leader:
         self.scheduler.publish(sequence)
         self.scheduler.add_landed(sequence)
 
-    def failed(self, sequence: Tracked, peer: str, is_mismatch: bool) -> None:
+    def failed(self, sequence: Tracked, peer: str, is_mismatch: bool, now: float) -> None:
         """The request starts again; where its pages came and differed, once from the same
         replica."""
         generation = self._by_sequence[sequence]
@@ -373,7 +424,7 @@ class Leader:
             generation.tried.add(peer)
         generation.mismatches += is_mismatch
         sequence.admitted_at = -1.0
-        self._place(generation)
+        self._place(generation, now)
 
     # ------------------------------------------------------------------------------ ending requests
 
@@ -439,7 +490,7 @@ class Leader:
             self._reserving.remove(generation)
         del self._generations[generation.request_id]
         del self._by_sequence[sequence]
-        self.scheduler.drop(sequence)
+        self._drop(sequence)
 
     def _output(self, generation: _Generation, output: Output) -> None:
         if generation.api in self._peers:
@@ -460,6 +511,8 @@ class Leader:
 
     def _step_done(self, result: StepResult, now: float) -> None:
         self._counts["steps"] += 1
+        if self.scheduler.num_prefilling:
+            self._prefill_rate.measured(self.scheduler.num_prefilling, result.seconds)
         for progress in self.scheduler.commit(result):
             sequence, token, logprob = progress.sequence, progress.token, progress.logprob
             generation = self._by_sequence.get(sequence)
@@ -476,6 +529,8 @@ class Leader:
             stats.queue_s = sequence.admitted_at - sequence.arrived_at
             stats.prefill_s = now - sequence.admitted_at
             stats.cached_tokens_decode = sequence.cached_tokens
+            stats.cached_tokens_host = sequence.host_tokens
+            stats.cached_tokens_storage = sequence.storage_tokens
             self._prefill_tokens += sequence.prompt_len - sequence.cached_tokens
         else:
             self._counts["decode_tokens"] += 1
@@ -492,8 +547,9 @@ class Leader:
         for generation in list(self._reserving):
             if generation.prefill == name:
                 self._reserving.remove(generation)
-                self._place(generation)
+                self._place(generation, now)
         self._sending.peer_down(name, now)
+        self._caching.keeper_down(name)
 
     def _tick(self, now: float) -> None:
         for generation in list(self._generations.values()):
@@ -501,6 +557,7 @@ class Leader:
                 self._finish(generation, now, "error", f"timed out in {self._stage(generation)}")
         self._receiving.tick(now)
         self._sending.tick(now)
+        self._caching.tick(now)
 
     def _stage(self, generation: _Generation) -> str:
         if generation.sequence in self._receiving:
@@ -522,7 +579,7 @@ class Leader:
     def is_idle(self) -> bool:
         """No request, no write, no page referenced, and no handover that a peer has not settled."""
         used = any(self.index.num_used(group) for group in range(len(self._groups)))
-        handovers = self._receiving.is_idle and self._sending.is_idle
+        handovers = self._receiving.is_idle and self._sending.is_idle and self._caching.is_idle
         return handovers and not self._generations and not used
 
     def _held(self) -> Iterator[tuple[int, list[int]]]:
@@ -531,6 +588,7 @@ class Leader:
             yield from enumerate(sequence.tables)
         yield from self._receiving.held()
         yield from self._sending.held()
+        yield from self._caching.held()
 
     def check_integrity(self) -> None:
         """References match holders; queues, requests and handovers match. Raises
@@ -548,3 +606,20 @@ class Leader:
         assert {*self._reserving} <= {*self._generations.values()}
         self._receiving.check_integrity()
         self._sending.check_integrity()
+        self._caching.check_integrity()
+
+
+class _Rate:
+    """Tokens that steps compute in a second, over some of the last that had prompts in them."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def per_s(self) -> float:
+        """0: unknown."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def measured(self, num_tokens: int, seconds: float) -> None:
+        self._tokens = self._tokens * _FORGET + num_tokens
+        self._seconds = self._seconds * _FORGET + seconds

@@ -7,6 +7,8 @@ ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
 digests laid end to end.
 
 Protocol versions:
+3  a node's keeper: Find, Take, Offer, Copied, Close, Found, Room (hicache/messages.py); how many
+   cached tokens came from which tier.
 2  the header has the addressee's incarnation; handovers are named by a serial, and every message to
    a sender carries the receiver's floor; Ask, Settled, SettledHeard, Unknown; PagesWritten is
    cumulative.
@@ -22,7 +24,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 2
+from hicache.messages import Close, Copied, Find, Found, Offer, Room, Take
+
+PROTOCOL_VERSION = 3
 _MAGIC = b"PRLY"
 _HEADER = struct.Struct("<4sHQQ")
 
@@ -93,6 +97,10 @@ class RequestStats(msgspec.Struct, array_like=True):
     preemptions: int = 0
     prefill_replica: str = ""
     decode_replica: str = ""
+    cached_tokens_host: int = 0
+    """Of those that the prefill found cached, how many came from the host tier..."""
+    cached_tokens_storage: int = 0
+    """... and of these, how many storage had brought there for this request."""
 
 
 class GroupPages(msgspec.Struct, frozen=True, array_like=True):
@@ -136,6 +144,20 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Whose pages were, or are, in quarantine for longer than `transfer.timeout`."""
     digest_mismatches: int = 0
     """Pages that differed from their source, with `transfer.verify`."""
+    fetching: int = 0
+    """Among `waiting`: for pages from the host tier or from storage."""
+    host_pages_in: int = 0
+    """Copied from the host tier..."""
+    host_bytes_in: int = 0
+    host_seconds_in: float = 0.0
+    host_pages_out: int = 0
+    """... and to it."""
+    host_bytes_out: int = 0
+    host_seconds_out: float = 0.0
+    host_pages_not_offered: int = 0
+    """Because too many were waiting to be copied."""
+    pages_evicted: int = 0
+    """Over all layer groups."""
 
 
 # ------------------------------------------------------------------------- to a leader, from an API
@@ -213,6 +235,10 @@ class PrefillDone(Message, frozen=True, tag="prefill_done"):
     cached_tokens: int
     queue_s: float
     prefill_s: float
+    host_tokens: int = 0
+    """Of `cached_tokens`: from the host tier, ..."""
+    storage_tokens: int = 0
+    """... and of these, brought there from storage."""
 
 
 class PagesWritten(Message, frozen=True, tag="pages_written"):
@@ -275,6 +301,32 @@ class Outputs(Message, frozen=True, tag="outputs"):
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     load: ReplicaLoad | None = None
+    cache: dict[str, float] = {}
+    """A keeper's gauges and counters, by name."""
+
+
+# ---------------------------------------------------------------- between API processes and keepers
+
+
+class CacheCommand(Message, frozen=True, tag="cache_command"):
+    """Answered by one `CacheAnswer`."""
+
+    serial: int
+    action: Literal["report", "clear", "attach", "detach", "clear_storage"]
+    tenant: str = ""
+    """clear: only this one's pages; empty: all."""
+    backend: str = ""
+    """attach: which storage, ..."""
+    options: dict[str, str] = {}
+    """... and its options."""
+
+
+class CacheAnswer(Message, frozen=True, tag="cache_answer"):
+    serial: int
+    error: str
+    """Empty: it was done."""
+    report: bytes = b""
+    """JSON."""
 
 
 AnyMessage = (
@@ -289,8 +341,17 @@ AnyMessage = (
     | HandoverClosed
     | Unknown
     | SettledHeard
+    | Find
+    | Take
+    | Offer
+    | Copied
+    | Close
+    | Found
+    | Room
     | Outputs
     | Heartbeat
+    | CacheCommand
+    | CacheAnswer
 )
 
 

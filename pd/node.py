@@ -27,7 +27,7 @@ import zmq.auth.asyncio
 
 from pd import messages
 from pd.messages import AnyMessage, Heartbeat, ProtocolError
-from pd.spec import ClusterSpec, Role
+from pd.spec import ClusterSpec, MemberRole
 from transfer.topology import Topology
 
 log = logging.getLogger("pagerelay")
@@ -42,7 +42,7 @@ class Member(msgspec.Struct, frozen=True):
     """What the others need to know of a node."""
 
     name: str
-    role: Role | None
+    role: MemberRole | None
     """None: an API server."""
     incarnation: int
     address: str
@@ -58,13 +58,17 @@ class Member(msgspec.Struct, frozen=True):
     """For people: pages, devices, addresses."""
     topology: Topology = Topology()
 
+    @property
+    def is_replica(self) -> bool:
+        return self.role is not None and self.role != "cache"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeConfig:
     """How a node is told what it is; everything in it is plain data."""
 
     name: str
-    role: Role | None
+    role: MemberRole | None
     spec: ClusterSpec
     model_folder: str
     """Where the controller found the model; a node that has no such folder resolves it itself."""

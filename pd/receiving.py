@@ -50,7 +50,7 @@ class Owner(Protocol):
 
     def landed(self, sequence: Tracked, complete: PagesWritten, now: float) -> None: ...
 
-    def failed(self, sequence: Tracked, peer: str, is_mismatch: bool) -> None:
+    def failed(self, sequence: Tracked, peer: str, is_mismatch: bool, now: float) -> None:
         """`is_mismatch`: pages came, and differed from their source."""
 
 
@@ -256,7 +256,7 @@ class Receiving:
             case ReceiverNeed.GIVE_UP:
                 self._cancel(incoming, f"nothing heard for {self._timeout_s:g} s", now)
                 if handover.state is ReceiverState.CLOSING:
-                    self._fail(incoming)
+                    self._fail(incoming, now)
                 self._settle(incoming, now)
         if handover.is_overdue and not incoming.is_counted_overdue:
             incoming.is_counted_overdue = True
@@ -281,7 +281,7 @@ class Receiving:
         if incoming.sequence is None:
             return
         if handover.state is not ReceiverState.LANDED:
-            self._fail(incoming)
+            self._fail(incoming, now)
         elif self._verify:
             self._ask_digests(incoming)
             self._compare_digests(incoming, now)
@@ -292,14 +292,19 @@ class Receiving:
         assert incoming.complete is not None
         self._owner.landed(self._part(incoming), incoming.complete, now)
 
-    def _fail(self, incoming: _Incoming) -> None:
+    def _fail(self, incoming: _Incoming, now: float) -> None:
         # With `verify`, what has landed in a handover without digests was not compared.
         landed = incoming.handover.landed
         valid = [0] * len(landed) if self._verify else landed
-        self._end(incoming, incoming.handover.reason, valid)
+        self._end(incoming, incoming.handover.reason, valid, now)
 
     def _end(
-        self, incoming: _Incoming, reason: str, valid: Sequence[int], is_mismatch: bool = False
+        self,
+        incoming: _Incoming,
+        reason: str,
+        valid: Sequence[int],
+        now: float,
+        is_mismatch: bool = False,
     ) -> None:
         """`valid`: by layer group, how many of the first target pages to keep."""
         self.num_failed += 1
@@ -309,7 +314,7 @@ class Receiving:
         self._publish(incoming.sequence, incoming.reserve, valid)
         sequence = self._part(incoming)
         self._scheduler.release_pages(sequence)
-        self._owner.failed(sequence, peer, is_mismatch)
+        self._owner.failed(sequence, peer, is_mismatch, now)
 
     def _publish(self, sequence: Tracked, reserve: Reserve, valid: Sequence[int]) -> None:
         """Make full pages that have landed findable, as far as they continue what was cached."""
@@ -372,7 +377,8 @@ class Receiving:
             for group, pages in enumerate(wrong)
             if pages
         )
-        self._end(incoming, f"pages differ from their source: {places}", valid, is_mismatch=True)
+        reason = f"pages differ from their source: {places}"
+        self._end(incoming, reason, valid, now, is_mismatch=True)
 
     # ------------------------------------------------------------------------------------ integrity
 

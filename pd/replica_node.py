@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import msgspec
 
@@ -25,6 +25,7 @@ from pd import messages
 from pd.events import (
     BreakLink,
     CancelWrite,
+    CopyPages,
     Digest,
     Digested,
     Effect,
@@ -44,11 +45,13 @@ from pd.leader import Leader
 from pd.messages import AnyMessage, Heartbeat
 from pd.node import Member, Node, NodeConfig
 from pd.spec import SpecError
+from transfer.transport import PeerError
 
 if TYPE_CHECKING:
     from transfer.transport import WriteResult
 
 log = logging.getLogger("pagerelay")
+_E = TypeVar("_E", bound=Event)
 
 
 class ReplicaNode(Node):
@@ -76,12 +79,14 @@ class ReplicaNode(Node):
 
         from hicache.index import PageIndex
         from pd import cost
+        from pd.engine.copier import Copier
         from pd.engine.model import LAYOUT_VERSION, ModelRunner, weights_digest
         from transfer.backends import make_transport
         from transfer.mover import Mover
         from transfer.topology import Topology
 
         assert self.config.role is not None
+        assert self.config.role != "cache"
         spec, role = self.spec, dict(self.spec.roles.items())[self.config.role]
         folder = self.model_folder()
         device = torch.device("cuda", 0) if role.device == "cuda" else torch.device("cpu")
@@ -102,6 +107,7 @@ class ReplicaNode(Node):
         runner.allocate(num_pages, role.max_running, max_context)
         runner.warm_up(min(role.max_batch_tokens, max_context))
         self._runner = runner
+        self._copier = Copier(runner.pools)
         transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
         transport.register([pool.region for pool in runner.pools])
         self._mover = Mover(
@@ -112,7 +118,10 @@ class ReplicaNode(Node):
             spec.transfer.max_bytes_in_flight,
             page_bytes=[layout.page_bytes for layout in runner.layouts],
         )
-        index = PageIndex(runner.groups, num_pages, spec.page_tokens, reuse=spec.cache.device)
+        cache = spec.cache
+        index = PageIndex(
+            runner.groups, num_pages, spec.page_tokens, reuse=cache.device, order=cache.eviction
+        )
         topology = Topology(role.topology.tp, role.topology.pp, role.topology.cp)
         self.leader = Leader(
             self.name,
@@ -124,6 +133,7 @@ class ReplicaNode(Node):
             topology,
             spec.transfer.timeout,
             spec.transfer.verify,
+            cache,
         )
         compat = {
             "model weights": weights_digest(folder, spec.model),
@@ -190,6 +200,8 @@ class ReplicaNode(Node):
                 self._mover.reconnect(peer)
             case Digest():
                 self._submit(self._digester, lambda: self._digest(effect))
+            case CopyPages():
+                self._copier.submit(effect).add_done_callback(self._work_ended)
             case Warn(text):
                 log.warning("%s: %s", self.name, text)
             case _:
@@ -205,7 +217,7 @@ class ReplicaNode(Node):
     def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], Event]) -> None:
         executor.submit(work).add_done_callback(self._work_ended)
 
-    def _work_ended(self, future: Future[Event]) -> None:
+    def _work_ended(self, future: Future[_E]) -> None:
         """On the thread that did it."""
         if future.cancelled():
             return
@@ -244,12 +256,31 @@ class ReplicaNode(Node):
             self.handle(Received(sender, message))
 
     def member_joined(self, member: Member) -> None:
+        if member.role == "cache":
+            self._untold[member.name] += 1
+            opening = self._copier.open(member.transport)
+            opening.add_done_callback(lambda done: self._call(self._keeper_opened, member, done))
+            return
         if self.config.role == "prefill" and member.role == "decode":
             parts = [(group, None) for group in range(len(self._runner.groups))]
             self._mover.connect(member.name, member.transport, parts)
         self._tell(PeerUp(member.name, member.role, member.topology))
 
+    def _keeper_opened(self, member: Member, opening: Future[None]) -> None:
+        self._untold[member.name] -= 1
+        error = opening.exception()
+        if isinstance(error, PeerError):
+            log.info("%s does not use %s: %s", self.name, member.name, error)
+        elif error is not None:
+            self._fail(error)
+        elif self._members.get(member.name) == member:
+            self.handle(PeerUp(member.name, "cache"))
+
     def member_left(self, member: Member, reason: str) -> None:
+        if member.role == "cache":
+            # Copies that are under way end as if nothing had happened: its memory is still here.
+            self.handle(PeerDown(member.name, reason))
+            return
         if member.role is not None:
             # The leader hears of it when nothing of the peer's can land any more, for it then uses
             # those pages again.
@@ -285,6 +316,7 @@ class ReplicaNode(Node):
 
     async def shut_down(self) -> None:
         self._is_stopping = True
+        self._copier.close()
         for executor in (self._compute, self._digester):
             executor.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from hicache.index import PageIndex
-from pd.engine.scheduler import Scheduler, Tracked
+from pd.engine.scheduler import Tracked
 from pd.events import BreakLink, CancelWrite, Digest, Digested, Effect, Write, Written
 from pd.messages import (
     AnyMessage,
@@ -66,24 +66,27 @@ class _Prefill:
 class Sending:
     def __init__(
         self,
-        scheduler: Scheduler,
         index: PageIndex,
         layouts: Sequence[PageLayout],
         topology: Topology,
         timeout_s: float,
         numbers: Iterator[int],
+        queue: Callable[[Tracked, float], None],
+        drop: Callable[[Tracked], None],
         send: Callable[[str, AnyMessage], None],
         emit: Callable[[Effect], None],
     ) -> None:
-        """`numbers`: never the same twice; for writes, digests and handovers."""
+        """`numbers`: never the same twice; for writes, digests and handovers. `queue`: have a
+        sequence computed; `drop`: not any more."""
         self.prefill_tokens = 0
         self.finished = 0
         self.kv_bytes = 0
         self.kv_pages = 0
         self.kv_descriptors = 0
         self.kv_seconds = 0.0
-        self._scheduler = scheduler
         self._index = index
+        self._queue = queue
+        self._drop = drop
         self._layout = ReplicaLayout(topology, tuple(layouts))
         self._page_tokens = layouts[0].page_tokens
         # A part that is a whole page on both sides has a faster way through some transports.
@@ -146,7 +149,7 @@ class Sending:
                 self._plan(topology),
                 sequence,
             )
-            self._scheduler.add(sequence)
+            self._queue(sequence, now)
         elif answer is SenderAnswer.REPORT:
             self._report(peer, message.serial, ledger.records[message.serial])
 
@@ -224,6 +227,8 @@ class Sending:
                 sequence.cached_tokens,
                 sequence.admitted_at - sequence.arrived_at,
                 now - sequence.admitted_at,
+                sequence.host_tokens,
+                sequence.storage_tokens,
             )
             prefill.handover.first_token = done
             self._send(prefill.peer, done)
@@ -274,7 +279,7 @@ class Sending:
     def _drop_sequence(self, prefill: _Prefill) -> None:
         if prefill.sequence is not None:
             del self._by_sequence[prefill.sequence]
-            self._scheduler.drop(prefill.sequence)
+            self._drop(prefill.sequence)
             prefill.sequence = None
 
     # --------------------------------------------------------------------------- writes and digests

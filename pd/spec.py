@@ -20,9 +20,13 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from hicache.policy import order_names
+from hicache.storage.backends import backend_names as storage_names
 from transfer.backends import backend_names
 
 Role = Literal["prefill", "decode", "both"]
+MemberRole = Role | Literal["cache"]
+"""Of a process other than an API server; `cache`: the keeper of a node's host tier."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -55,6 +59,19 @@ def _known_backend(name: str) -> str:
     known = backend_names()
     if name not in known:
         raise ValueError(f"expected one of {', '.join(known)}")
+    return name
+
+
+def _known_storage(name: str) -> str:
+    known = storage_names()
+    if name not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return name
+
+
+def _known_order(name: str) -> str:
+    if name not in order_names():
+        raise ValueError(f"expected one of {', '.join(order_names())}")
     return name
 
 
@@ -192,9 +209,48 @@ class TransferSpec(SpecModel):
     """Compare a digest of every page with its source's after each handover."""
 
 
+class HostCacheSpec(SpecModel):
+    memory: Bytes
+    """Of the host tier on each node that has replicas."""
+    write: Literal["write_through", "write_through_selective", "write_back"] = "write_through"
+    """When device pages are copied to the host tier: when they are complete, when they have been
+    used `write_hits` times, or when they are about to be evicted."""
+    write_hits: int = Field(default=2, ge=1)
+
+
+class StorageCacheSpec(SpecModel):
+    backend: Annotated[str, AfterValidator(_known_storage)]
+    """file, nixl (files by NIXL's POSIX plug-in), mooncake, or one from an entry point."""
+    options: dict[str, str] = {}
+    """Parameters of the backend, such as {path: /data/kv, limit: 100GiB} for file."""
+    prefetch: Literal["timeout", "best_effort", "wait_complete"] = "timeout"
+    """How long a request waits for its pages from storage: for `prefetch_timeout` and
+    `prefetch_timeout_per_1k`, until it could start, or until they are there."""
+    prefetch_timeout: float = Field(default=1.0, ge=0)
+    """Seconds, for any number of tokens..."""
+    prefetch_timeout_per_1k: float = Field(default=0.25, ge=0)
+    """... and for each thousand of them."""
+    heads_per_object: int | None = Field(default=None, ge=1)
+    """KV heads and layers of a page that are stored as one object; None: all. What shares a storage
+    must agree on both."""
+    layers_per_object: int | None = Field(default=None, ge=1)
+
+
 class CacheSpec(SpecModel):
     device: bool = True
     """Reuse pages of earlier requests with the same prefix."""
+    eviction: Annotated[str, AfterValidator(_known_order)] = "lru"
+    """Which pages go first, on the device and in the host tier."""
+    host: HostCacheSpec | None = None
+    storage: StorageCacheSpec | None = None
+
+    @model_validator(mode="after")
+    def _tiers(self) -> CacheSpec:
+        if self.storage is not None and self.host is None:
+            raise ValueError("storage: expected host beside it, for pages come and go through it")
+        if self.host is not None and not self.device:
+            raise ValueError("host: expected device to be true")
+        return self
 
 
 class RouterSpec(SpecModel):

@@ -151,6 +151,8 @@ class EngineClient:
         self._fingerprint: str | None = None
         self._streams: dict[str, OutputStream] = {}
         self.router = router
+        self.keepers: dict[str, dict[str, float]] = {}
+        """Of the nodes' caches, and what each reported last."""
         self.counters = ClientCounters()
 
     # ----------------------------------------------------------------------- what the node reports
@@ -177,6 +179,8 @@ class EngineClient:
             case Outputs():
                 for output in message.outputs:
                     self._on_output(sender, output)
+            case Heartbeat() if sender in self.keepers:
+                self.keepers[sender] = message.cache
             case Heartbeat():
                 role = self.router.role_of(sender)
                 if role is not None:

@@ -54,7 +54,7 @@ class ApiNode(Node):
 
     def set_members(self, members: list[Member], reason: str = "") -> None:
         super().set_members(members, reason)
-        replicas = [member for member in members if member.role is not None]
+        replicas = [member for member in members if member.is_replica]
         if self._server is None and replicas:
             self._serve(replicas)
 
@@ -87,11 +87,15 @@ class ApiNode(Node):
         self._client.on_message(sender, message)
 
     def member_joined(self, member: Member) -> None:
-        if member.role is not None:
+        if member.role == "cache":
+            self._client.keepers[member.name] = {}
+        elif member.role is not None:
             self._client.on_peer_up(member.name, member.role)
 
     def member_left(self, member: Member, reason: str) -> None:
-        if member.role is not None:
+        if member.role == "cache":
+            del self._client.keepers[member.name]
+        elif member.role is not None:
             self._client.on_peer_down(member.name, reason)
 
     async def shut_down(self) -> None:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import ray
 
 from pd.api.node import ApiNode
-from pd.node import Member, NodeConfig
+from pd.cache_node import CacheNode
+from pd.node import Member, Node, NodeConfig
 from pd.replica_node import ReplicaNode
 
 
@@ -59,7 +60,11 @@ class NodeActor:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("pagerelay").setLevel(os.environ.get("PAGERELAY_LOG", "INFO"))
         host = ray.util.get_node_ip_address()
-        node = ApiNode if config.role is None else ReplicaNode
+        node: type[Node] = ReplicaNode
+        if config.role is None:
+            node = ApiNode
+        elif config.role == "cache":
+            node = CacheNode
         self._node = node(dataclasses.replace(config, host=host))
 
     async def start(self) -> tuple[Member, ProcessId]:

@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import (
 from pd.cluster.actor import NodeActor, ProcessId, end_process
 from pd.models import resolve_model
 from pd.node import Member, NodeConfig
-from pd.spec import ClusterSpec, Role, RoleSpec, SpecError
+from pd.spec import ClusterSpec, MemberRole, RoleSpec, SpecError
 
 _WATCH_S = 0.5
 _PROCESS_ENVIRONMENT = {
@@ -59,8 +59,11 @@ class Interrupted(Exception):
 @dataclasses.dataclass(slots=True)
 class _Process:
     name: str
-    role: Role | None
+    role: MemberRole | None
     group: PlacementGroup | None
+    """None: an API server, or a keeper."""
+    node: str = ""
+    """Ray's id of the node that a keeper belongs to."""
     actor: Any = None
     member: Member | None = None
     process_id: ProcessId | None = None
@@ -97,6 +100,8 @@ class Controller:
                 self._processes.append(_Process(name, role, self._place(name, role_spec)))
         self._processes.append(_Process("api-0", None, None))
         self._wait_placed(deadline)
+        if spec.cache.host is not None:
+            self._add_keepers()
         self._choose_network()
         for process in self._processes:
             self._create(process, folder)
@@ -127,12 +132,19 @@ class Controller:
             "or choose another name"
         )
 
+    def _add_keepers(self) -> None:
+        """One for each node that has replicas."""
+        nodes = {
+            node: None for process in self._processes for node in sorted(_nodes_of(process.group))
+        }
+        for number, node in enumerate(nodes):
+            self._processes.append(_Process(f"cache-{number}", "cache", None, node=node))
+
     def _choose_network(self) -> None:
         """ipc if all processes share this host."""
         nodes = {ray.get_runtime_context().get_node_id()}
         for process in self._processes:
-            if process.group is not None:
-                nodes |= {*placement_group_table(process.group)["bundles_to_node_id"].values()}
+            nodes |= _nodes_of(process.group)
         if self.spec.network == "ipc" or (self.spec.network == "auto" and len(nodes) == 1):
             self._socket_folder = tempfile.mkdtemp(prefix="pagerelay-")
         else:
@@ -148,10 +160,10 @@ class Controller:
         )
         options: dict[str, Any] = {"name": process.name, "max_concurrency": 16}
         threads = 1
-        if process.role is None:
-            # Beside the controller: its port is on this host.
-            here = ray.get_runtime_context().get_node_id()
-            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(here)}
+        if process.role is None or process.role == "cache":
+            # An API server goes beside the controller: its port is on this host.
+            node = process.node or ray.get_runtime_context().get_node_id()
+            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
         else:
             role = dict(self.spec.roles.items())[process.role]
             threads = role.threads
@@ -220,7 +232,7 @@ class Controller:
 
     def _check_compatible(self) -> None:
         """Replicas must agree on everything that a page's bytes depend on."""
-        members = [p.member for p in self._processes if p.member is not None and p.role is not None]
+        members = [p.member for p in self._processes if p.member and p.member.is_replica]
         first = members[0]
         problems = [
             f"{key}: {first.name} has {first.compat[key]}, {other.name} has {other.compat.get(key)}"
@@ -322,6 +334,12 @@ class Controller:
         self._processes = []
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+
+def _nodes_of(group: PlacementGroup | None) -> set[str]:
+    if group is None:
+        return set()
+    return set(placement_group_table(group)["bundles_to_node_id"].values())
 
 
 def _on_node(node_id: str) -> NodeAffinitySchedulingStrategy:

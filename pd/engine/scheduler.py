@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Tracked:
         "buffer",
         "cached_tokens",
         "hashes",
+        "host_tokens",
         "length",
         "num_computed",
         "num_indexed",
@@ -46,6 +47,7 @@ class Tracked:
         "root",
         "row",
         "slid",
+        "storage_tokens",
         "tables",
     )
 
@@ -74,6 +76,10 @@ class Tracked:
         """By group: pages before this one were given back."""
         self.row = -1
         self.cached_tokens = 0
+        self.host_tokens = 0
+        """Copied from the host tier for it..."""
+        self.storage_tokens = 0
+        """... and of these, brought there from storage."""
         self.preemptions = 0
         self.arrived_at = now
         self.admitted_at = -1.0
@@ -109,7 +115,11 @@ class Scheduler:
         page_tokens: int,
         max_batch_tokens: int,
         max_running: int,
+        on_published: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
+        on_reused: Callable[[Tracked, int], None] = lambda sequence, num_pages: None,
     ) -> None:
+        """`on_published`: these pages of a sequence are complete and in the index. `on_reused`: so
+        many leading pages were found there."""
         self.index = index
         self.landed: deque[Tracked] = deque()
         """Their pages came by a handover; they only need a row, and get it before those below."""
@@ -126,11 +136,17 @@ class Scheduler:
         self.dropped: set[Tracked] = set()
         """Left during the step in flight; their pages are released at its commit."""
         self._new_pages: list[list[tuple[int, int, int]]] = [[] for _ in groups]
+        self._on_published = on_published
+        self._on_reused = on_reused
 
     # ----------------------------------------------------------------------------------- membership
 
     def add(self, sequence: Tracked) -> None:
-        self.waiting.append(sequence)
+        """In order of arrival, whenever it is called."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].arrived_at > sequence.arrived_at:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def add_landed(self, sequence: Tracked) -> None:
         self.landed.append(sequence)
@@ -156,6 +172,18 @@ class Scheduler:
     @property
     def has_step_in_flight(self) -> bool:
         return bool(self._in_flight)
+
+    @property
+    def num_prefilling(self) -> int:
+        """Tokens of prompts in the step in flight."""
+        return sum(count for _, count, _ in self._in_flight if count > 1)
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def num_waiting_before(self, arrived_at: float) -> int:
+        return sum(sequence.arrived_at < arrived_at for sequence in self.waiting)
 
     # ---------------------------------------------------------------------------------------- pages
 
@@ -317,7 +345,11 @@ class Scheduler:
             return False
         if sequence.admitted_at < 0:
             sequence.cached_tokens = sequence.num_computed
+            sequence.host_tokens = min(sequence.host_tokens, sequence.num_computed)
+            sequence.storage_tokens = min(sequence.storage_tokens, sequence.host_tokens)
         self.cached_tokens += sequence.num_computed
+        if sequence.num_indexed:
+            self._on_reused(sequence, sequence.num_indexed)
         return True
 
     def _start(self, sequence: Tracked, now: float, starts: list[RowStart]) -> None:
@@ -396,3 +428,4 @@ class Scheduler:
         slots = [table[begin:end] for table in sequence.tables]
         self.index.insert(parent, sequence.hashes[begin:end], slots, begin)
         sequence.num_indexed = end
+        self._on_published(sequence, begin, end)

@@ -233,6 +233,29 @@ def test_a_model_without_full_attention_needs_no_prefix():
     index.check_integrity()
 
 
+def test_resident_pages_are_seen_without_being_used():
+    index = PageIndex([FULL, sliding(3)], [9, 9], PAGE_TOKENS)
+    slots = fill(index, chain("abcd"))
+    index.release(1, slots[1][:2], cold=True)
+    assert index.allocate(1, 6) is not None  # 4 free, and the cold ones are evicted
+    assert index.resident(chain("abcdef")) == [slots[0], [-1, -1, *slots[1][2:]]]
+    assert index.resident(chain("abcdef"), first=3) == [slots[0][3:], slots[1][3:]]
+    assert index.resident(chain("abxy"), first=1) == [slots[0][1:2], [-1]]
+    for nowhere in (index.resident(chain("x")), index.resident(chain("ab"), 2)):
+        assert nowhere == [[], []]
+    assert index.resident(chain("ab"), 9) == [[], []]
+    assert index.num_used(0) == 4
+
+
+def test_without_full_attention_a_page_may_be_resident_alone():
+    index = PageIndex([sliding(3)], [5], PAGE_TOKENS)
+    slots = fill(index, chain("abcd"))
+    index.release(0, slots[0][:1], cold=True)
+    assert index.allocate(0, 1) is not None
+    assert index.resident(chain("abcde")) == [[-1, *slots[0][1:]]]
+    assert index.resident(chain("axy")) == [[]]
+
+
 def test_retain_and_clear():
     index = PageIndex([FULL], [9], PAGE_TOKENS)
     slots = fill(index, chain("abcd"))
@@ -795,6 +818,18 @@ class IndexMachine(RuleBasedStateMachine):
         self.oracle.entries.clear()
         for line in self.oracle.lines:
             line.clear()
+
+    @rule(pages=sequences, first=st.integers(0, 6))
+    def look(self, pages: str, first: int) -> None:
+        entries = self.oracle.entries
+        names = [pages[:end] for end in range(1, len(pages) + 1)]
+        count = max((i + 1 for i, name in enumerate(names) if name in entries), default=0)
+        lacking = OracleEntry("", [-1] * len(self.groups))
+        expected = [
+            [entries.get(name, lacking).slots[g] for name in names[first:count]]
+            for g in range(len(self.groups))
+        ]
+        assert self.index.resident(chain(pages), first) == expected
 
     @invariant()
     def agrees(self) -> None:

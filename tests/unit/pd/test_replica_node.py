@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pd.engine.batch import StepResult
+from pd.engine.copier import Copier
 from pd.events import Digest, Effect, Event, PeerDown, PeerUp, StepDone, Write, Written
 from pd.node import Member, NodeConfig
 from pd.replica_node import ReplicaNode
@@ -116,6 +117,7 @@ def test_what_comes_while_it_stops_is_no_failure(spec: ClusterSpec) -> None:
         node.leader, node._mover = Busy(), _Mover()
         node._loop = asyncio.get_running_loop()
         node._compute, node._digester = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        node._copier = Copier([])
         await node.shut_down()
         node.tick()
         assert node.failure == ""

@@ -1,0 +1,345 @@
+"""The keeper of a node's cache as a process: the host tier's memory, its index, and the storage
+behind it, on one event loop.
+
+It copies nothing itself: replicas copy to and from its memory, and a storage has threads of its
+own. It may end at any time: replicas then do without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+import numpy as np
+
+from hicache.grid import ObjectGrid
+from hicache.host import HostPools
+from hicache.index import PageIndex
+from hicache.keeper import Keeper
+from hicache.messages import Close, Copied, Find, Offer, Take
+from hicache.storage.backends import make_storage
+from hicache.storage.storage import Storage, StorageError
+from hicache.storage_io import CancelOp, Effect, Ended, Exists, Get, PagesFreed, Put
+from hicache.storage_tier import StorageTier
+from pd import cost
+from pd.messages import AnyMessage, CacheAnswer, CacheCommand, Heartbeat, Int32Array
+from pd.node import Member, Node, NodeConfig
+from pd.spec import SpecError
+
+log = logging.getLogger("pagerelay")
+
+_POLL_S = 0.002
+"""While the storage has something to do."""
+_IDLE_POLL_S = 0.05
+_CLEAR_S = 60.0
+_SPARE_BYTES = 1 << 30
+"""Of the host's memory, left to others."""
+
+
+class _Attached:
+    """A storage and what is decided about it; used from the event loop only."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        backend: str,
+        index: PageIndex,
+        num_pages: list[int],
+        grid: ObjectGrid,
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake`: something was submitted, `poll` soon."""
+        self._wake = wake
+        self.backend = backend
+        self.storage = storage
+        self.tier = StorageTier(index, num_pages, grid, self._submit)
+        self._operations: dict[int, int] = {}
+        """The storage's numbers -> the tier's."""
+        self._numbers: dict[int, int] = {}
+        """The other way round."""
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._operations)
+
+    def _submit(self, effect: Effect) -> None:
+        storage = self.storage
+        match effect:
+            case Put(_, group, keys, slots, part, timeout_s):
+                number = storage.submit_put(keys, group, _array(slots), timeout_s, part)
+            case Get(_, group, keys, slots, part, timeout_s):
+                number = storage.submit_get(keys, group, _array(slots), timeout_s, part)
+            case Exists(_, keys, timeout_s):
+                number = storage.submit_exists(keys, timeout_s)
+            case CancelOp(op_id):
+                if op_id in self._numbers:
+                    storage.cancel(self._numbers[op_id])
+                return
+            case _:
+                assert_never(effect)
+        self._operations[number], self._numbers[effect.op_id] = effect.op_id, number
+        self._wake()
+
+    def poll(self, now: float) -> None:
+        for result in self.storage.poll():
+            op_id = self._operations.get(result.operation_id)
+            if op_id is None:
+                continue  # a clear
+            if not result.pages_in_use:
+                self._forget(result.operation_id)
+            ended = Ended(
+                op_id,
+                result.outcomes,
+                result.error,
+                result.bytes_moved,
+                result.seconds,
+                result.pages_in_use,
+            )
+            self.tier.handle(ended, now)
+        for number in self.storage.released():
+            if number in self._operations:
+                self.tier.handle(PagesFreed(self._forget(number)), now)
+        self.tier.tick(now)
+
+    def _forget(self, number: int) -> int:
+        op_id = self._operations.pop(number)
+        del self._numbers[op_id]
+        return op_id
+
+
+class CacheNode(Node):
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config)
+        self._attached: _Attached | None = None
+        self._leaving: list[_Attached] = []
+        """Detached, with operations under way."""
+        self._first_storage: Storage | None = None
+        """Made at the start; used when a replica has said what the pages are."""
+        self._fingerprint = ""
+        self._wake = asyncio.Event()
+        self._is_changing = False
+
+    async def prepare(self) -> Member:
+        await asyncio.to_thread(self._load)
+        facts = {
+            "pages": " + ".join(str(pool.num_pages) for pool in self._pools.pools),
+            "pid": str(os.getpid()),
+            "host": socket.gethostname(),
+        }
+        if self.spec.cache.storage is not None:
+            facts["storage"] = self.spec.cache.storage.backend
+        self.spawn(self._poll_loop())
+        description = self._pools.describe()
+        return Member(self.name, "cache", self.incarnation, "", transport=description, facts=facts)
+
+    def _load(self) -> None:
+        spec = self.spec
+        assert spec.cache.host is not None
+        groups = cost.layer_groups(cost.load_config(self.model_folder()))
+        self._layouts = cost.page_layouts(groups, spec.page_tokens, spec.model.dtype)
+        wanted = spec.cache.host.memory
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if wanted + _SPARE_BYTES > available:
+            raise SpecError(
+                f"cache.host.memory: found {cost.format_bytes(wanted)}, but this host has "
+                f"{cost.format_bytes(available)} free, of which 1 GiB is left to others"
+            )
+        self._num_pages = cost.plan_host(self._layouts, wanted)
+        page_bytes = [layout.page_bytes for layout in self._layouts]
+        self._pools = HostPools.allocate(self._num_pages, page_bytes)
+        index = PageIndex(groups, self._num_pages, spec.page_tokens, order=spec.cache.eviction)
+        self._keeper = Keeper(index, groups, None, self.send)
+        if spec.cache.storage is not None:
+            storage = spec.cache.storage
+            try:
+                self._first_storage = self._make_storage(storage.backend, storage.options)
+            except StorageError as error:
+                raise SpecError(f"cache.storage: {error}") from error
+
+    def _make_storage(self, backend: str, options: dict[str, str]) -> Storage:
+        storage = make_storage(backend, self.name, options)
+        storage.register([pool.region for pool in self._pools.pools])
+        return storage
+
+    def _attach(self, storage: Storage, backend: str) -> None:
+        spec = self.spec.cache.storage
+        heads, layers = (spec.heads_per_object, spec.layers_per_object) if spec else (None, None)
+        grid = ObjectGrid(self._fingerprint, self._layouts, heads, layers)
+        self._attached = _Attached(
+            storage, backend, self._keeper.index, self._num_pages, grid, self._wake.set
+        )
+        self._keeper.storage = self._attached.tier
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._keeper.detach(time.monotonic())
+            self._leaving.append(self._attached)
+            self._attached = None
+
+    async def _poll_loop(self) -> None:
+        while True:
+            everyone = [*self._leaving, *([self._attached] if self._attached else [])]
+            if any(each.is_busy for each in everyone):
+                await asyncio.sleep(_POLL_S)
+            else:
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), _IDLE_POLL_S)
+            now = time.monotonic()
+            for attached in everyone:
+                attached.poll(now)
+            self._keeper.tick(now)
+            for attached in [each for each in self._leaving if each.tier.is_drained]:
+                self._leaving.remove(attached)
+                await asyncio.to_thread(attached.storage.close)
+
+    # ----------------------------------------------------------------------------------- operations
+
+    async def _command(self, sender: str, message: CacheCommand) -> None:
+        error = ""
+        if message.action != "report" and self._is_changing:
+            error = "another change is under way; try again"
+        else:
+            self._is_changing = message.action != "report"
+            try:
+                await self._carry_out(message)
+            except StorageError as reason:
+                error = str(reason)
+            finally:
+                self._is_changing = False
+        report = json.dumps(self._report()).encode()
+        self.send(sender, CacheAnswer(message.serial, error, report))
+
+    async def _carry_out(self, message: CacheCommand) -> None:
+        """Raises StorageError, with nothing changed."""
+        match message.action:
+            case "report":
+                pass
+            case "clear":
+                self._keeper.index.clear(message.tenant or None)
+            case "clear_storage":
+                if self._attached is None:
+                    raise StorageError("no storage is attached")
+                self._attached.storage.submit_clear(_CLEAR_S)
+                self._attached.tier.storage_cleared(time.monotonic())
+            case "attach":
+                if not self._fingerprint:
+                    raise StorageError("no replica has told yet what the pages are")
+                storage = await asyncio.to_thread(
+                    self._make_storage, message.backend, message.options
+                )
+                self._detach()
+                self._attach(storage, message.backend)
+            case "detach":
+                if self._attached is None:
+                    raise StorageError("no storage is attached")
+                self._detach()
+            case _:
+                assert_never(message.action)
+
+    def _report(self) -> dict[str, object]:
+        index = self._keeper.index
+        groups = [
+            {
+                "kind": layout.group.kind,
+                "page_bytes": layout.page_bytes,
+                "free": index.num_free(g),
+                "cached": index.num_cached(g),
+                "used": index.num_used(g),
+            }
+            for g, layout in enumerate(self._layouts)
+        ]
+        storage: dict[str, object] | None = None
+        if self._attached is not None:
+            known = self._attached.storage.stats()
+            storage = {
+                "backend": self._attached.backend,
+                **dataclasses.asdict(known),
+                **dataclasses.asdict(self._attached.tier.stats()),
+            }
+        return {
+            "name": self.name,
+            "page_tokens": self.spec.page_tokens,
+            "groups": groups,
+            "evicted": index.evictions,
+            **dataclasses.asdict(self._keeper.stats),
+            "storage": storage,
+        }
+
+    # ------------------------------------------------------------------------------------- the node
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        match message:
+            case Find() | Take() | Offer() | Copied() | Close():
+                self._keeper.receive(sender, message, time.monotonic())
+            case CacheCommand():
+                self.spawn(self._command(sender, message))
+            case _:
+                pass
+
+    def member_joined(self, member: Member) -> None:
+        if member.role is None or member.role == "cache":
+            return
+        self._keeper.client_up(member.name)
+        self._fingerprint = str(sorted(member.compat.items()))
+        if self._first_storage is not None:
+            assert self.spec.cache.storage is not None
+            self._attach(self._first_storage, self.spec.cache.storage.backend)
+            self._first_storage = None
+
+    def member_left(self, member: Member, reason: str) -> None:
+        self._keeper.client_down(member.name, time.monotonic())
+
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(cache=self._figures())
+
+    def _figures(self) -> dict[str, float]:
+        index, stats = self._keeper.index, self._keeper.stats
+        figures: dict[str, float] = {
+            "evicted_pages": index.evictions,
+            "open_exchanges": self._keeper.num_open,
+            **dataclasses.asdict(stats),
+        }
+        for g, pool in enumerate(self._pools.pools):
+            figures |= {
+                f"group_{g}_free_pages": index.num_free(g),
+                f"group_{g}_cached_pages": index.num_cached(g),
+                f"group_{g}_used_pages": index.num_used(g),
+                f"group_{g}_page_bytes": pool.page_bytes,
+            }
+        if self._attached is not None:
+            tier = dataclasses.asdict(self._attached.tier.stats())
+            figures |= {
+                f"storage_{key}": float(value)
+                for key, value in tier.items()
+                if isinstance(value, int | float)
+            }
+        return figures
+
+    def check(self) -> dict[str, object]:
+        self._keeper.check_integrity()
+        if self._attached is not None:
+            self._attached.tier.check_integrity()
+        used = [self._keeper.index.num_used(g) for g in range(len(self._layouts))]
+        return {"idle": not any(used) and not self._keeper.num_open, "figures": self._figures()}
+
+    async def shut_down(self) -> None:
+        storages = [each.storage for each in self._leaving]
+        if self._attached is not None:
+            storages.append(self._attached.storage)
+        if self._first_storage is not None:
+            storages.append(self._first_storage)
+        for storage in storages:
+            await asyncio.to_thread(storage.close)
+
+
+def _array(slots: tuple[int, ...]) -> Int32Array:
+    return np.asarray(slots, np.int32)

@@ -1,0 +1,433 @@
+"""A leader's use of its node's host tier: pages copied out when they are worth keeping, and copied
+in for requests that would otherwise compute them.
+
+Pure. The keeper (hicache/keeper.py) says where the pages are, or may go; the replica's ranks copy
+(`CopyPages` -> `PagesCopied`). A request that its keeper may have pages for is `fetch`ed before it
+is queued for the batch, in order of arrival: `ready` is called when what can be had of its prefix
+is in the device tier, as ordinary cache, or when it is not worth waiting for. Whatever fails or
+takes too long is a miss, and the request is computed.
+
+Device pages that are copied have references until the copy has ended, also when their request is
+gone, and so do, on the keeper's side, the host pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+
+from hicache.index import PageIndex
+from hicache.messages import Close, Copied, Find, Found, FromKeeper, Offer, Room, Take
+from pd.engine.scheduler import Scheduler, Tracked
+from pd.events import CopyPages, Effect, PagesCopied, Warn
+from pd.messages import AnyMessage, Int32Array, unpack_ints
+from pd.spec import CacheSpec, StorageCacheSpec
+from transfer.layout import LayerGroup
+
+_ANSWER_S = 5.0
+"""A keeper that takes longer is not waited for."""
+_READ_S = 60.0
+"""The most that storage is waited for, whatever the policy."""
+_MAX_FETCHES = 256
+_FORGET = 0.8
+_OFFERED_SHARE = 0.25
+"""Of the device pool, the most pages that wait to be copied out."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Fetch:
+    serial: int
+    sequence: Tracked | None
+    """None: the request has gone, a copy has not ended."""
+    hashes: list[bytes]
+    deadline: float
+    found: Found | None = None
+    asked_to_end: bool = False
+    slots: list[list[int]] = dataclasses.field(default_factory=list)
+    """While copying: device pages by layer group, from page 0 on, each with a reference."""
+    begin: int = 0
+    """The first page copied."""
+    is_copying: bool = False
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Offering:
+    serial: int
+    hashes: list[bytes]
+    slots: list[list[int]]
+    """By layer group, from page 0 on, each with a reference."""
+    new: int
+    """Pages that were not offered before."""
+    deadline: float = 0.0
+    """0: not set yet."""
+    count: int = 0
+    """While copying: how many pages."""
+    is_copying: bool = False
+
+
+class Caching:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        index: PageIndex,
+        groups: Sequence[LayerGroup],
+        page_bytes: Sequence[int],
+        page_tokens: int,
+        spec: CacheSpec,
+        numbers: Iterator[int],
+        ready: Callable[[Tracked], None],
+        send: Callable[[str, AnyMessage], None],
+        emit: Callable[[Effect], None],
+    ) -> None:
+        """`numbers`: never the same twice; for copies."""
+        self.keeper = ""
+        """Empty: there is none."""
+        self.pages_in = 0
+        self.pages_out = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.seconds_in = 0.0
+        self.seconds_out = 0.0
+        self.dropped_offers = 0
+        self._scheduler = scheduler
+        self._index = index
+        self._groups = groups
+        self._page_bytes = page_bytes
+        self._page_tokens = page_tokens
+        self._host = spec.host
+        self._storage = spec.storage or StorageCacheSpec.model_construct()
+        self._numbers = numbers
+        self._ready = ready
+        self._send = send
+        self._emit = emit
+        self._serials = itertools.count(1)
+        self._open: dict[int, _Fetch | _Offering] = {}
+        """By serial, ascending."""
+        self._queue: deque[_Fetch] = deque()
+        """Not copying yet, in order of arrival."""
+        self._by_sequence: dict[Tracked, _Fetch] = {}
+        self._copies: dict[int, _Fetch | _Offering] = {}
+        self._num_offered = 0
+        self._max_offered = int(index.num_free(0) * _OFFERED_SHARE)
+        self._num_copying = 0
+        self._last_told = 0
+        """0: the keeper has been told that nothing is open."""
+        self._quiet_since = 0.0
+        self._speed = _Speed()
+
+    # ----------------------------------------------------------------------------------- the keeper
+
+    def keeper_up(self, name: str) -> None:
+        self.keeper = name
+
+    def keeper_down(self, name: str) -> None:
+        """Copies that are under way end by themselves: its memory is still mapped here."""
+        if name != self.keeper:
+            return
+        self.keeper = ""
+        for exchange in list(self._open.values()):
+            if not exchange.is_copying:
+                self._end(exchange)
+
+    def _tell(self, serial: int, make: Callable[[int, int], AnyMessage]) -> None:
+        """Send what `make` makes of the serial and the floor."""
+        if self.keeper:
+            self._send(self.keeper, make(serial, next(iter(self._open), serial)))
+            self._last_told = serial
+
+    def receive(self, sender: str, message: FromKeeper, now: float) -> None:
+        exchange = self._open.get(message.serial)
+        if sender != self.keeper or exchange is None or exchange.is_copying:
+            return
+        match message:
+            case Found():
+                if isinstance(exchange, _Fetch):
+                    self._found(exchange, message, now)
+            case Room():
+                if isinstance(exchange, _Offering):
+                    self._copy_out(exchange, message)
+
+    # ---------------------------------------------------------------------------------------- fetch
+
+    def fetch(self, sequence: Tracked, tokens_per_s: float, now: float) -> bool:
+        """Whether `ready` will be called for it; else there is nothing to wait for.
+        `tokens_per_s`: how fast its prompt would be computed; 0: unknown."""
+        wanted = (sequence.length - 1) // self._page_tokens
+        if not self.keeper or wanted < 1 or len(self._by_sequence) >= _MAX_FETCHES:
+            return False
+        hashes = sequence.hashes[:wanted]
+        if self._index.match(hashes) == wanted:
+            return False
+        fetch = _Fetch(next(self._serials), sequence, hashes, now + _ANSWER_S)
+        self._open[fetch.serial] = self._by_sequence[sequence] = fetch
+        self._queue.append(fetch)
+        chain = b"".join(hashes)
+        self._tell(fetch.serial, lambda s, floor: Find(s, floor, chain, tokens_per_s))
+        return True
+
+    def __contains__(self, sequence: Tracked) -> bool:
+        return sequence in self._by_sequence
+
+    def __len__(self) -> int:
+        return len(self._by_sequence)
+
+    def leave(self, sequence: Tracked) -> None:
+        """The request has ended, or goes on without its pages."""
+        fetch = self._by_sequence.pop(sequence, None)
+        if fetch is not None:
+            fetch.sequence = None
+            if not fetch.is_copying:
+                self._end(fetch)
+
+    def _found(self, fetch: _Fetch, message: Found, now: float) -> None:
+        num_pages = message.num_pages
+        if (
+            not 0 <= num_pages <= len(fetch.hashes)
+            or [len(slots) for slots in message.slots] != [4 * num_pages] * len(self._groups)
+            or not 0 <= message.num_read <= num_pages
+        ):
+            return  # unsound: as if it had not come
+        if fetch.found is None:
+            fetch.deadline = now + self._patience(len(fetch.hashes) - message.num_pages)
+        fetch.found = message
+
+    def _patience(self, num_pages: int) -> float:
+        if self._storage.prefetch != "timeout":
+            return _READ_S
+        thousands = num_pages * self._page_tokens / 1000
+        patience = thousands * self._storage.prefetch_timeout_per_1k
+        return min(_READ_S, self._storage.prefetch_timeout + patience)
+
+    def advance(self, tokens_per_s: float, now: float) -> None:
+        """Begin the copies of those that come next, as many as could be started soon."""
+        room = self._scheduler.num_free_rows + 1 - self._num_copying
+        for fetch in list(self._queue):
+            assert fetch.sequence is not None
+            room -= 1
+            if self._scheduler.num_waiting_before(fetch.sequence.arrived_at) > room:
+                return
+            if fetch.found is None:
+                continue
+            if fetch.found.is_last:
+                self._copy_in(fetch, fetch.found, tokens_per_s)
+            elif self._storage.prefetch == "best_effort":
+                self._ask_to_end(fetch, now)
+
+    def _ask_to_end(self, fetch: _Fetch, now: float) -> None:
+        if not fetch.asked_to_end:
+            fetch.asked_to_end = True
+            fetch.deadline = now + _ANSWER_S
+            self._tell(fetch.serial, Take)
+
+    def _copy_in(self, fetch: _Fetch, found: Found, tokens_per_s: float) -> None:
+        hashes = fetch.hashes[: found.num_pages]
+        begin = self._index.match(hashes)
+        host = [unpack_ints(slots)[begin:] for slots in found.slots]
+        counts = [int((slots >= 0).sum()) for slots in host]
+        num_tokens = (len(hashes) - begin) * self._page_tokens
+        if not num_tokens or not self._speed.is_worth(
+            self._bytes(counts), num_tokens, tokens_per_s
+        ):
+            self._end(fetch)
+            return
+        # What comes before must not make room for what follows.
+        fetch.slots = self._index.acquire(hashes[:begin])
+        if not self._index.can_allocate(counts):
+            self._end(fetch)
+            return
+        for g, wanted in enumerate(host):
+            slots = iter(self._index.allocate(g, counts[g]) or ())
+            fetch.slots[g] += [next(slots) if slot >= 0 else -1 for slot in wanted]
+        fetch.hashes, fetch.begin = hashes, begin
+        self._queue.remove(fetch)
+        self._num_copying += 1
+        self._copy(fetch, [slots[begin:] for slots in fetch.slots], host, to_host=False)
+
+    def _copied_in(self, fetch: _Fetch, event: PagesCopied) -> None:
+        self._num_copying -= 1
+        begin, hashes, slots = fetch.begin, fetch.hashes, fetch.slots
+        if event.error is None:
+            self._speed.measured(event.bytes_moved, event.seconds)
+            self.pages_in += len(hashes) - begin
+            self.bytes_in += event.bytes_moved
+            self.seconds_in += event.seconds
+            parent = hashes[begin - 1] if begin else b""
+            self._index.insert(parent, hashes[begin:], [pages[begin:] for pages in slots], begin)
+            if fetch.sequence is not None and fetch.found is not None:
+                num_read = min(fetch.found.num_read, len(hashes) - begin)
+                fetch.sequence.host_tokens = (len(hashes) - begin) * self._page_tokens
+                fetch.sequence.storage_tokens = num_read * self._page_tokens
+        self._end(fetch)
+
+    # --------------------------------------------------------------------------------------- offers
+
+    def published(self, sequence: Tracked, begin: int, end: int) -> None:
+        """Pages of a sequence, from `begin` to before `end`, are complete and in the index."""
+        if self._host is not None and self._host.write == "write_through":
+            self._offer(sequence.hashes[:end], sequence.tables, begin)
+
+    def _offer(self, hashes: list[bytes], tables: Sequence[Sequence[int]], new: int) -> None:
+        end = len(hashes)
+        if not self.keeper:
+            return
+        if self._num_offered + end - new > self._max_offered:
+            self.dropped_offers += end - new
+            return
+        slots = [list(table[:end]) for table in tables]
+        offer = _Offering(next(self._serials), hashes, slots, end - new)
+        for g, pages in enumerate(slots):
+            self._index.retain(g, pages)
+        self._num_offered += offer.new
+        self._open[offer.serial] = offer
+        have = tuple(_first_held(pages) for pages in slots)
+        chain = b"".join(hashes)
+        self._tell(offer.serial, lambda s, floor: Offer(s, floor, new, chain, have))
+
+    def reused(self, sequence: Tracked, num_pages: int) -> None:
+        """So many leading pages of a sequence were found in the device tier."""
+
+    def _copy_out(self, offer: _Offering, room: Room) -> None:
+        host = [unpack_ints(slots[: len(slots) // 4 * 4]) for slots in room.slots]
+        offer.count = len(host[0]) if host else 0
+        if [len(slots) for slots in host] != [offer.count] * len(self._groups) or room.first < 0:
+            offer.count = 0
+        device = [slots[room.first : room.first + offer.count] for slots in offer.slots]
+        # Without room, or given some for pages that were not offered.
+        if not offer.count or any(
+            ours < 0 <= theirs
+            for mine, given in zip(device, host, strict=True)
+            for ours, theirs in zip(mine, given.tolist(), strict=True)
+        ):
+            self._end(offer)
+            return
+        self._copy(offer, device, host, to_host=True)
+
+    def _copied_out(self, offer: _Offering, event: PagesCopied) -> None:
+        if event.error is None:
+            self.pages_out += offer.count
+            self.bytes_out += event.bytes_moved
+            self.seconds_out += event.seconds
+            count = offer.count
+            self._tell(offer.serial, lambda s, floor: Copied(s, floor, count))
+        self._end(offer)
+
+    # --------------------------------------------------------------------------------------- copies
+
+    def _copy(
+        self,
+        exchange: _Fetch | _Offering,
+        device: Sequence[Sequence[int]],
+        host: Sequence[Int32Array],
+        to_host: bool,
+    ) -> None:
+        copy_id = next(self._numbers)
+        self._copies[copy_id] = exchange
+        exchange.is_copying = True
+        chosen = [slots >= 0 for slots in host]
+        device_pages = tuple(
+            np.asarray(pages, np.int32)[which] for pages, which in zip(device, chosen, strict=True)
+        )
+        host_pages = tuple(pages[which] for pages, which in zip(host, chosen, strict=True))
+        self._emit(CopyPages(copy_id, device_pages, host_pages, to_host))
+
+    def copied(self, event: PagesCopied) -> None:
+        exchange = self._copies.pop(event.copy_id)
+        exchange.is_copying = False
+        if event.error is not None:
+            self._emit(Warn(f"a copy between device and host tier failed: {event.error}"))
+        if isinstance(exchange, _Fetch):
+            self._copied_in(exchange, event)
+        else:
+            self._copied_out(exchange, event)
+
+    def _bytes(self, counts: Sequence[int]) -> int:
+        return sum(n * size for n, size in zip(counts, self._page_bytes, strict=True))
+
+    def _end(self, exchange: _Fetch | _Offering) -> None:
+        """It is over on this side, and no copy of it under way."""
+        self._open.pop(exchange.serial)
+        self._tell(exchange.serial, Close)
+        for g, slots in enumerate(exchange.slots):
+            self._index.release(g, slots)
+        if isinstance(exchange, _Offering):
+            self._num_offered -= exchange.new
+            return
+        if exchange in self._queue:
+            self._queue.remove(exchange)
+        if exchange.sequence is not None:
+            del self._by_sequence[exchange.sequence]
+            self._ready(exchange.sequence)
+
+    def tick(self, now: float) -> None:
+        for exchange in list(self._open.values()):
+            if not exchange.deadline:
+                exchange.deadline = now + _ANSWER_S
+            if now < exchange.deadline or exchange.is_copying:
+                continue
+            if isinstance(exchange, _Offering) or exchange.found is None:
+                self._end(exchange)
+            elif not exchange.found.is_last:
+                if exchange.asked_to_end:  # there was no answer: use what was found at first
+                    exchange.found = msgspec.structs.replace(exchange.found, is_last=True)
+                else:
+                    self._ask_to_end(exchange, now)
+        if self._open:
+            self._quiet_since = now
+        elif self._last_told and now > self._quiet_since + _ANSWER_S:
+            # In case that the message which closed the last one was lost.
+            last, self._last_told = self._last_told, 0
+            if self.keeper:
+                self._send(self.keeper, Close(last, last + 1))
+
+    # ------------------------------------------------------------------------------------ integrity
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._open or self._copies or self._by_sequence)
+
+    def held(self) -> Iterator[tuple[int, list[int]]]:
+        """(group, pages) of all references that are held here."""
+        for exchange in self._open.values():
+            yield from enumerate(exchange.slots)
+
+    def check_integrity(self) -> None:
+        fetches = [each for each in self._open.values() if isinstance(each, _Fetch)]
+        offers = [each for each in self._open.values() if isinstance(each, _Offering)]
+        waiting = {each.sequence: each for each in fetches if each.sequence is not None}
+        assert waiting == self._by_sequence, "fetches are not those of their sequences"
+        assert set(self._queue) == {each for each in fetches if not each.is_copying}
+        copying = {each for each in self._open.values() if each.is_copying}
+        assert set(self._copies.values()) == copying, "a copy belongs to nothing"
+        assert self._num_copying == sum(each.is_copying for each in fetches)
+        assert self._num_offered == sum(each.new for each in offers)
+
+
+def _first_held(pages: Sequence[int]) -> int:
+    """The first page after the last one that is not there."""
+    for page in range(len(pages), 0, -1):
+        if pages[page - 1] < 0:
+            return page
+    return 0
+
+
+class _Speed:
+    """Of copies to the device: the mean over some of the last."""
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._seconds = 0.0
+
+    def measured(self, num_bytes: int, seconds: float) -> None:
+        self._bytes = self._bytes * _FORGET + num_bytes
+        self._seconds = self._seconds * _FORGET + seconds
+
+    def is_worth(self, num_bytes: int, num_tokens: int, tokens_per_s: float) -> bool:
+        """Whether copying takes less time than computing."""
+        if not tokens_per_s or not self._bytes:
+            return True
+        return num_bytes * self._seconds / self._bytes < num_tokens / tokens_per_s

@@ -1,0 +1,21 @@
+"""A hundred thousand schedules of losses, delays, repetitions, cancels, failures and deaths."""
+
+from __future__ import annotations
+
+import pytest
+from log_world import World
+
+NUM_SCHEDULES = 100_000
+NUM_BLOCKS = 20
+
+
+@pytest.mark.parametrize("block", range(NUM_BLOCKS))
+def test_whatever_happens_all_ranks_commit_the_same_and_no_page_is_reused_under_a_copy(
+    block: int,
+) -> None:
+    count = NUM_SCHEDULES // NUM_BLOCKS
+    for seed in range(block * count, (block + 1) * count):
+        try:
+            World(seed).run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
