@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -35,6 +36,10 @@ _READ_S = 60.0
 """The most that storage is waited for, whatever the policy."""
 _MAX_FETCHES = 256
 _FORGET = 0.8
+_SPARE_SHARE = 0.125
+"""Of the device pool: with write_back, what may be evicted without notice."""
+_USES_KEPT = 2
+"""Pages whose uses are known, in device pools."""
 _OFFERED_SHARE = 0.25
 """Of the device pool, the most pages that wait to be copied out."""
 
@@ -44,6 +49,7 @@ class _Fetch:
     serial: int
     sequence: Tracked | None
     """None: the request has gone, a copy has not ended."""
+    arrived_at: float
     hashes: list[bytes]
     deadline: float
     found: Found | None = None
@@ -94,12 +100,22 @@ class Caching:
         self.seconds_in = 0.0
         self.seconds_out = 0.0
         self.dropped_offers = 0
+        self.lacks_pages_since = math.inf
+        """Arrival of the first request that finds no device pages to copy to."""
         self._scheduler = scheduler
         self._index = index
         self._groups = groups
         self._page_bytes = page_bytes
         self._page_tokens = page_tokens
-        self._host = spec.host
+        self._writes = spec.host.write if spec.host is not None else ""
+        if self._writes == "write_back" and all(group.kind == "sliding" for group in groups):
+            self._writes = "write_through"  # such entries are not evicted in an order
+        self._write_hits = spec.host.write_hits if spec.host is not None else 0
+        self._pool_pages = index.num_free(0)
+        self._uses: OrderedDict[bytes, int] = OrderedDict()
+        """write_through_selective: of pages in the device tier, those used last at the end."""
+        self._written: OrderedDict[bytes, None] = OrderedDict()
+        """write_back: last pages of chains that were offered."""
         self._storage = spec.storage or StorageCacheSpec.model_construct()
         self._numbers = numbers
         self._ready = ready
@@ -113,7 +129,7 @@ class Caching:
         self._by_sequence: dict[Tracked, _Fetch] = {}
         self._copies: dict[int, _Fetch | _Offering] = {}
         self._num_offered = 0
-        self._max_offered = int(index.num_free(0) * _OFFERED_SHARE)
+        self._max_offered = int(self._pool_pages * _OFFERED_SHARE)
         self._num_copying = 0
         self._last_told = 0
         """0: the keeper has been told that nothing is open."""
@@ -163,7 +179,7 @@ class Caching:
         hashes = sequence.hashes[:wanted]
         if self._index.match(hashes) == wanted:
             return False
-        fetch = _Fetch(next(self._serials), sequence, hashes, now + _ANSWER_S)
+        fetch = _Fetch(next(self._serials), sequence, sequence.arrived_at, hashes, now + _ANSWER_S)
         self._open[fetch.serial] = self._by_sequence[sequence] = fetch
         self._queue.append(fetch)
         chain = b"".join(hashes)
@@ -205,6 +221,7 @@ class Caching:
 
     def advance(self, tokens_per_s: float, now: float) -> None:
         """Begin the copies of those that come next, as many as could be started soon."""
+        self.lacks_pages_since = math.inf
         room = self._scheduler.num_free_rows + 1 - self._num_copying
         for fetch in list(self._queue):
             assert fetch.sequence is not None
@@ -238,7 +255,10 @@ class Caching:
         # What comes before must not make room for what follows.
         fetch.slots = self._index.acquire(hashes[:begin])
         if not self._index.can_allocate(counts):
-            self._end(fetch)
+            for g, slots in enumerate(fetch.slots):
+                self._index.release(g, slots)
+            fetch.slots = []
+            self.lacks_pages_since = min(self.lacks_pages_since, fetch.arrived_at)
             return
         for g, wanted in enumerate(host):
             slots = iter(self._index.allocate(g, counts[g]) or ())
@@ -268,8 +288,40 @@ class Caching:
 
     def published(self, sequence: Tracked, begin: int, end: int) -> None:
         """Pages of a sequence, from `begin` to before `end`, are complete and in the index."""
-        if self._host is not None and self._host.write == "write_through":
+        if self._writes == "write_through":
             self._offer(sequence.hashes[:end], sequence.tables, begin)
+
+    def reused(self, sequence: Tracked, num_pages: int) -> None:
+        """So many leading pages of a sequence were found in the device tier."""
+        if self._writes != "write_through_selective" or not self.keeper:
+            return
+        uses, enough = self._uses, self._write_hits - 1  # they were used when they were computed
+        begin = end = 0
+        for page, page_hash in enumerate(sequence.hashes[:num_pages]):
+            count = uses.pop(page_hash, 0) + 1
+            uses[page_hash] = count
+            if count == enough and not end:
+                begin = page
+            if count >= enough:
+                end = page + 1
+        while len(uses) > _USES_KEPT * self._pool_pages:
+            uses.popitem(last=False)
+        if end:
+            self._offer(sequence.hashes[:end], sequence.tables, begin)
+
+    def _write_back(self) -> None:
+        """Offer what is next to be evicted, in time."""
+        spare = int(self._pool_pages * _SPARE_SHARE)
+        if self._num_offered or self._index.num_free(0) >= spare:
+            return
+        for hashes in self._index.next_evicted(spare):
+            written = self._written
+            if hashes[-1] in written:
+                continue
+            written[hashes[-1]] = None
+            while len(written) > _USES_KEPT * self._pool_pages:
+                written.popitem(last=False)
+            self._offer(hashes, self._index.resident(hashes), len(hashes) - 1)
 
     def _offer(self, hashes: list[bytes], tables: Sequence[Sequence[int]], new: int) -> None:
         end = len(hashes)
@@ -287,9 +339,6 @@ class Caching:
         have = tuple(_first_held(pages) for pages in slots)
         chain = b"".join(hashes)
         self._tell(offer.serial, lambda s, floor: Offer(s, floor, new, chain, have))
-
-    def reused(self, sequence: Tracked, num_pages: int) -> None:
-        """So many leading pages of a sequence were found in the device tier."""
 
     def _copy_out(self, offer: _Offering, room: Room) -> None:
         host = [unpack_ints(slots[: len(slots) // 4 * 4]) for slots in room.slots]
@@ -361,9 +410,12 @@ class Caching:
             self._queue.remove(exchange)
         if exchange.sequence is not None:
             del self._by_sequence[exchange.sequence]
+            exchange.sequence.is_fetched = True
             self._ready(exchange.sequence)
 
     def tick(self, now: float) -> None:
+        if self._writes == "write_back" and self.keeper:
+            self._write_back()
         for exchange in list(self._open.values()):
             if not exchange.deadline:
                 exchange.deadline = now + _ANSWER_S

@@ -22,7 +22,7 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
 from hicache.index import PageIndex
@@ -115,7 +115,9 @@ class Leader:
         handover_timeout_s: float = 30.0,
         verify: bool = False,
         cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
+        on_stored: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
     ) -> None:
+        """`on_stored`: these pages of a sequence may have entered the index."""
         self.name = name
         self.index = index
         groups = tuple(layout.group for layout in layouts)
@@ -126,8 +128,9 @@ class Leader:
             page_tokens,
             max_batch_tokens,
             max_running,
-            lambda sequence, begin, end: self._caching.published(sequence, begin, end),
+            self._published,
             lambda sequence, num_pages: self._caching.reused(sequence, num_pages),
+            self._fetch,
         )
         self._groups = groups
         self._page_tokens = page_tokens
@@ -173,11 +176,12 @@ class Leader:
             page_tokens,
             cache,
             numbers,
-            self.scheduler.add,
+            self._fetched,
             self._send,
             self._emit,
         )
         self._prefill_rate = _Rate()
+        self._on_stored = on_stored
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Apply one event. `now` is monotonic, in seconds. The effects are to be carried out in
@@ -331,8 +335,19 @@ class Leader:
 
     def _queue(self, sequence: Tracked, now: float) -> None:
         """Have it computed here, once what the host tier has of it is there."""
-        if not self._caching.fetch(sequence, self._prefill_rate.per_s, now):
+        if not self._fetch(sequence, now):
             self.scheduler.add(sequence)
+
+    def _fetch(self, sequence: Tracked, now: float) -> bool:
+        return self._caching.fetch(sequence, self._prefill_rate.per_s, now)
+
+    def _fetched(self, sequence: Tracked) -> None:
+        self._on_stored(sequence, 0, len(sequence.hashes))
+        self.scheduler.add(sequence)
+
+    def _published(self, sequence: Tracked, begin: int, end: int) -> None:
+        self._caching.published(sequence, begin, end)
+        self._on_stored(sequence, begin, end)
 
     def _drop(self, sequence: Tracked) -> None:
         self._caching.leave(sequence)
@@ -356,7 +371,10 @@ class Leader:
         while self._reserving:
             generation = self._reserving[0]
             sequence = generation.sequence
-            if self.scheduler.lacks_pages_before(sequence.arrived_at):
+            if (
+                self.scheduler.lacks_pages_before(sequence.arrived_at)
+                or self._caching.lacks_pages_since < sequence.arrived_at
+            ):
                 return
             if sequence.params.max_tokens == 1:
                 # It ends with the first token: nothing to decode, so nothing is to be sent.
@@ -419,6 +437,7 @@ class Leader:
     def failed(self, sequence: Tracked, peer: str, is_mismatch: bool, now: float) -> None:
         """The request starts again; where its pages came and differed, once from the same
         replica."""
+        self._on_stored(sequence, 0, len(sequence.hashes))
         generation = self._by_sequence[sequence]
         if not is_mismatch or generation.mismatches:
             generation.tried.add(peer)
@@ -501,7 +520,7 @@ class Leader:
     def _run_step(self, now: float) -> None:
         # Those that are still to reserve pages found too few.
         first = self._reserving[0].sequence.arrived_at if self._reserving else math.inf
-        command = self.scheduler.plan(now, first)
+        command = self.scheduler.plan(now, min(first, self._caching.lacks_pages_since))
         if command is None:
             return
         for start in command.starts:

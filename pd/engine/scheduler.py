@@ -38,6 +38,7 @@ class Tracked:
         "cached_tokens",
         "hashes",
         "host_tokens",
+        "is_fetched",
         "length",
         "num_computed",
         "num_indexed",
@@ -80,6 +81,8 @@ class Tracked:
         """Copied from the host tier for it..."""
         self.storage_tokens = 0
         """... and of these, brought there from storage."""
+        self.is_fetched = False
+        """What other tiers have of it is here, or was not worth waiting for."""
         self.preemptions = 0
         self.arrived_at = now
         self.admitted_at = -1.0
@@ -117,9 +120,11 @@ class Scheduler:
         max_running: int,
         on_published: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
         on_reused: Callable[[Tracked, int], None] = lambda sequence, num_pages: None,
+        fetch: Callable[[Tracked, float], bool] = lambda sequence, now: False,
     ) -> None:
         """`on_published`: these pages of a sequence are complete and in the index. `on_reused`: so
-        many leading pages were found there."""
+        many leading pages were found there. `fetch`: whether to wait for pages from other tiers;
+        the sequence is then `add`ed again."""
         self.index = index
         self.landed: deque[Tracked] = deque()
         """Their pages came by a handover; they only need a row, and get it before those below."""
@@ -138,6 +143,7 @@ class Scheduler:
         self._new_pages: list[list[tuple[int, int, int]]] = [[] for _ in groups]
         self._on_published = on_published
         self._on_reused = on_reused
+        self._fetch = fetch
 
     # ----------------------------------------------------------------------------------- membership
 
@@ -305,7 +311,11 @@ class Scheduler:
                 if budget and sequence.row >= 0 and (sequence.remaining == 1) is single:
                     take(sequence)
         while (self.landed or self.waiting) and self._free_rows and budget:
-            if self._is_waiting_first(lacks_pages_since) and self._claim_pages(self.waiting[0]):
+            is_first = self._is_waiting_first(lacks_pages_since)
+            if is_first and not self.waiting[0].is_fetched and self._fetch(self.waiting[0], now):
+                self.waiting.popleft()
+                continue
+            if is_first and self._claim_pages(self.waiting[0]):
                 sequence = self.waiting.popleft()
             elif self.landed:
                 sequence = self.landed.popleft()
@@ -374,6 +384,7 @@ class Scheduler:
             self._new_pages[number] = [page for page in pages if page[0] != victim.row]
         self._forget(victim)
         self.release_pages(victim)
+        victim.is_fetched = False  # its pages are cache now, and may be gone when it resumes
         victim.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(victim)

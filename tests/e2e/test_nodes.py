@@ -4,67 +4,27 @@ GPU."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zmq
+from node_world import DEADLINE_S, cluster, collect, reference, tokens_of, wait_until
 from real_cluster import require
-from transformers import AutoModelForCausalLM
 
 from pd import messages
-from pd.api.client import EngineClient
 from pd.bench.tiny import make_tiny_model
-from pd.messages import AnyMessage, Heartbeat, Output, SamplingParams
-from pd.node import Member, Node, NodeConfig
+from pd.messages import Heartbeat, SamplingParams
 from pd.replica_node import ReplicaNode
-from pd.router import Router
 from pd.spec import ClusterSpec
 
-_DEADLINE_S = 60
 PROMPT_LENGTHS = (5, 33, 64, 100)
-
-
-class ClientNode(Node):
-    """The engine client without HTTP."""
-
-    client: EngineClient
-
-    async def prepare(self) -> Member:
-        self.client = EngineClient(self.send, Router(100), self.spec.page_tokens)
-        self.client.set_fingerprint("test")
-        return Member(self.name, None, self.incarnation, "")
-
-    def received(self, sender: str, message: AnyMessage) -> None:
-        self.client.on_message(sender, message)
-
-    def member_joined(self, member: Member) -> None:
-        if member.role is not None:
-            self.client.on_peer_up(member.name, member.role)
-
-    def member_left(self, member: Member, reason: str) -> None:
-        self.client.on_peer_down(member.name, reason)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "gemma3_text")
-
-
-def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 def make_spec(folder: Path, backend: str, device: str, verify: bool = False) -> ClusterSpec:
@@ -78,44 +38,6 @@ def make_spec(folder: Path, backend: str, device: str, verify: bool = False) -> 
             "router": {"local_prefill_tokens": 0},
         }
     )
-
-
-@asynccontextmanager
-async def cluster(
-    spec: ClusterSpec, sockets: str
-) -> AsyncIterator[tuple[ClientNode, ReplicaNode, ReplicaNode]]:
-    curve = None if sockets else zmq.curve_keypair()
-    configs = {
-        name: NodeConfig(name, role, spec, spec.model.path, sockets, curve, "127.0.0.1")
-        for name, role in (("prefill-0", "prefill"), ("decode-0", "decode"), ("api-0", None))
-    }
-    prefill, decode = (ReplicaNode(configs[name]) for name in ("prefill-0", "decode-0"))
-    client = ClientNode(configs["api-0"])
-    nodes = (client, prefill, decode)
-    members = [await asyncio.wait_for(node.start(), _DEADLINE_S) for node in nodes]
-    try:
-        for node in nodes:
-            node.set_members(members)
-        yield client, prefill, decode
-    finally:
-        for node in nodes:
-            await asyncio.wait_for(node.stop(), _DEADLINE_S)
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    # A leader has no event for "idle".
-    async with asyncio.timeout(_DEADLINE_S):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
-
-async def collect(client: ClientNode, prompt: list[int], params: SamplingParams) -> list[Output]:
-    stream = client.client.submit(prompt, params, timeout_s=_DEADLINE_S)
-    return [output async for output in stream]
-
-
-def tokens_of(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +104,9 @@ def test_a_replica_restarted_under_its_name_serves_the_next_request(
         async with cluster(spec, str(tmp_path)) as (client, old, decode):
             outputs = await collect(client, prompts[0], params)
             assert tokens_of(outputs) == reference(model_folder, prompts[0], 5)
-            await asyncio.wait_for(old.stop(), _DEADLINE_S)
+            await asyncio.wait_for(old.stop(), DEADLINE_S)
             new = ReplicaNode(old.config)
-            member = await asyncio.wait_for(new.start(), _DEADLINE_S)
+            member = await asyncio.wait_for(new.start(), DEADLINE_S)
             try:
                 before = client._members["prefill-0"]
                 assert member.incarnation != before.incarnation
@@ -203,7 +125,7 @@ def test_a_replica_restarted_under_its_name_serves_the_next_request(
                     assert decode.leader.load().handovers_failed == 0
                 await wait_until(lambda: new.leader.is_idle and decode.leader.is_idle)
             finally:
-                await asyncio.wait_for(new.stop(), _DEADLINE_S)
+                await asyncio.wait_for(new.stop(), DEADLINE_S)
 
     asyncio.run(run())
 
@@ -222,7 +144,12 @@ def test_stray_and_foreign_messages_are_counted_and_dropped(
             stray.send_multipart([b"garbage"])
             stray.send_multipart([b"garbage", b"garbage"])
             stray.send_multipart([good[0], b"\x00"])
-            stray.send_multipart([good[0].replace(b"PRLY\x02", b"PRLY\x63"), good[1]])
+            stray.send_multipart(
+                [
+                    good[0].replace(b"PRLY" + bytes([messages.PROTOCOL_VERSION]), b"PRLY\x63"),
+                    good[1],
+                ]
+            )
             for header in (
                 ("api-0", client.incarnation ^ 1, to),
                 ("api-0", client.incarnation, to ^ 1),
