@@ -27,8 +27,8 @@ is released. Host and storage tiers will add slots to the same entries.
 
 An entry belongs to the tenant that inserted it first, if that was given, whoever matches it later.
 A tenant with more entries than its quota loses its own before others lose any, when it inserts new
-ones and when room is needed; what is used or pinned stays, so that it may exceed the quota by that. An index
-without a full-attention group knows no tenants.
+ones and when room is needed; what is used or pinned stays, so that it may exceed the quota by that.
+An index without a full-attention group knows no tenants.
 
 With `feed`, what enters the index and what leaves it is recorded for `take_changes`.
 """
@@ -976,6 +976,26 @@ class PageIndex:
         if self._removed:
             changes.append(Removed(tuple(self._removed)))
             self._removed = []
+
+    def next_evicted(self, count: int) -> list[list[bytes]]:
+        """Of the entries that are next to be evicted, about `count` in all: the hashes of their
+        sequences from page 0 on, each to the end of a leaf. Changes nothing but, with some orders,
+        who is next. Linked indexes only."""
+        runs: list[_Run] = []
+        while count > 0 and (run := self._order.take()) is not None:
+            assert isinstance(run, _Run)
+            runs.append(run)
+            count -= len(run.hashes) - run.pinned
+        chains = []
+        for run in runs:
+            self._order.offer(run)
+            parts: list[list[bytes]] = []
+            part: _Run | None = run
+            while part is not None:
+                parts.append(part.hashes)
+                part = part.parent
+            chains.append([page_hash for each in reversed(parts) for page_hash in each])
+        return chains
 
     # ------------------------------------------------------------------------------------- counters
 

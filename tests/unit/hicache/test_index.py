@@ -1,23 +1,10 @@
-"""PageIndex: examples of each rule, then random calls against a brute-force oracle."""
+"""PageIndex: examples of each rule. test_index_model.py has random calls."""
 
-import dataclasses
-
-import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    rule,
-)
 
 from hicache import index as index_module
-from hicache.index import PageIndex
+from hicache.index import Cleared, PageIndex, Removed, Stored, TopPrefix
 from hicache.keys import page_hashes, root_hash
-from hicache.policy import order_names, prefix_cost
 from transfer.layout import LayerGroup
 
 PAGE_TOKENS = 2
@@ -471,410 +458,105 @@ def test_the_heap_does_not_grow_with_use():
     assert len(index._order.leaves) <= len(hashes)
 
 
-# ----------------------------------------------------------------------- random calls and an oracle
+def insert_as(index: PageIndex, pages: str, tenant: str | None) -> list[list[int]]:
+    """As `fill`, for a tenant, in one full group."""
+    hashes = chain(pages)
+    hit = index.match(hashes)
+    (slots,) = index.acquire(hashes[:hit])
+    fresh = index.allocate(0, len(hashes) - hit)
+    assert fresh is not None
+    index.insert(ROOT, hashes, [slots + fresh], first_page=0, tenant=tenant)
+    index.check_integrity()
+    return [slots + fresh]
 
 
-@dataclasses.dataclass
-class OracleEntry:
-    parent: str
-    slots: list[int]
-    last_use: int = 0
-    hits: int = 0
-    floor: int = 0
-    """`cost`: the most that an evicted page was worth, at the last use."""
+def test_entries_belong_to_who_inserted_them_first():
+    index = PageIndex([FULL], [9], PAGE_TOKENS)
+    release(index, insert_as(index, "ab", "x"))
+    release(index, insert_as(index, "abcd", "y"))
+    release(index, insert_as(index, "e", None))
+    assert index.tenant_pages() == {"x": 2, "y": 2}
+    assert index.allocate(0, 4) is not None  # d is the last leaf of those first released
+    index.clear()
+    assert index.tenant_pages() == {}
 
 
-@dataclasses.dataclass(eq=False)
-class Holder:
-    pages: str
-    slots: list[list[int]]
-    num_published: int = 0
+def test_a_tenant_over_its_quota_loses_its_own():
+    index = PageIndex([FULL], [12], PAGE_TOKENS)
+    index.set_quota("greedy", 3)
+    release(index, insert_as(index, "ab", "modest"))
+    release(index, insert_as(index, "uvw", "greedy"))
+    held = insert_as(index, "xyz", "greedy")
+    assert index.tenant_pages() == {"modest": 2, "greedy": 3}
+    assert index.match(chain("uvw")) == 0
+    release(index, held)
+    # What it uses counts beyond its quota, and is the first to go once it is not used.
+    release(index, insert_as(index, "pqrst", "greedy"))
+    assert index.tenant_pages() == {"modest": 2, "greedy": 5}
+    assert index.allocate(0, 6) is not None
+    assert index.tenant_pages() == {"modest": 2, "greedy": 3}
+    assert index.match(chain("ab")) == 2
 
 
-class Oracle:
-    """The rules again, without counters, links or queues: everything is looked for when asked."""
-
-    def __init__(self, groups: list[LayerGroup], num_pages: list[int], order: str) -> None:
-        self.order = order
-        self.evicted_worth = 0
-        self.pins: list[tuple[int, str, list[list[int]]]] = []  # until, pages, sliding slots
-        self.groups = groups
-        self.num_pages = num_pages
-        self.entries: dict[str, OracleEntry] = {}
-        self.references: list[dict[int, int]] = [{} for _ in groups]
-        self.lines: list[list[int]] = [[] for _ in groups]  # cached sliding slots, first out first
-        self.now = 0
-
-    @property
-    def has_full(self) -> bool:
-        return any(group.kind != "sliding" for group in self.groups)
-
-    def usable(self, pages: str, count: int) -> bool:
-        for g, group in enumerate(self.groups):
-            for i in range(group.first_needed_page(count * PAGE_TOKENS, PAGE_TOKENS), count):
-                entry = self.entries.get(pages[: i + 1])
-                if entry is None or entry.slots[g] < 0:
-                    return False
-        return True
-
-    def match(self, pages: str) -> int:
-        return max(count for count in range(len(pages) + 1) if self.usable(pages, count))
-
-    def owner(self, g: int, slot: int) -> OracleEntry | None:
-        return next((e for e in self.entries.values() if e.slots[g] == slot), None)
-
-    def pinned(self, pages: str) -> bool:
-        """Whether a page of this entry or of one that continues it is used or pinned."""
-        return any(pin.startswith(pages) for _, pin, _ in self.pins) or any(
-            slot in self.references[g]
-            for other, entry in self.entries.items()
-            if other.startswith(pages)
-            for g, slot in enumerate(entry.slots)
-        )
-
-    def leaf(self, pages: str) -> bool:
-        return not any(entry.parent == pages for entry in self.entries.values())
-
-    def num_cached(self, g: int) -> int:
-        slots = [entry.slots[g] for entry in self.entries.values() if entry.slots[g] >= 0]
-        return sum(slot not in self.references[g] for slot in slots)
-
-    def num_free(self, g: int) -> int:
-        return self.num_pages[g] - 1 - self.num_cached(g) - len(self.references[g])
-
-    def num_available(self, g: int) -> int:
-        if self.groups[g].kind == "sliding":
-            return self.num_free(g) + len(self.lines[g])
-        return self.num_free(g) + sum(not self.pinned(pages) for pages in self.entries)
-
-    def acquire(self, pages: str, slots: list[list[int]]) -> None:
-        for g, group_slots in enumerate(slots):
-            self.retain(g, group_slots)
-        for end in range(len(pages)):
-            if pages[: end + 1] in self.entries:
-                self.entries[pages[: end + 1]].hits += 1
-
-    def kept(self, g: int, slot: int) -> bool:
-        return any(slot in slots[g] for _, _, slots in self.pins)
-
-    def pin(self, pages: str, until: int) -> None:
-        slots: list[list[int]] = [[] for _ in self.groups]
-        for g, group in enumerate(self.groups):
-            if group.kind == "sliding":
-                first = group.first_needed_page(len(pages) * PAGE_TOKENS, PAGE_TOKENS)
-                ends = range(first + 1, len(pages) + 1)
-                slots[g] = [self.entries[pages[:end]].slots[g] for end in ends]
-                self.lines[g] = [slot for slot in self.lines[g] if slot not in slots[g]]
-        self.pins.append((until, pages, slots))
-
-    def expire(self, now: int) -> int:
-        ended = sorted((pin for pin in self.pins if pin[0] <= now), key=lambda pin: pin[0])
-        for pin in ended:
-            self.pins.remove(pin)
-            for g, slots in enumerate(pin[2]):
-                free = [slot for slot in slots if slot not in self.references[g]]
-                self.lines[g] += [slot for slot in free if not self.kept(g, slot)]
-        return len(ended)
-
-    def retain(self, g: int, slots: list[int]) -> None:
-        for slot in slots:
-            if slot >= 0:
-                self.references[g][slot] = self.references[g].get(slot, 0) + 1
-                if slot in self.lines[g]:
-                    self.lines[g].remove(slot)
-
-    def release(self, g: int, slots: list[int], cold: bool = False) -> None:
-        self.now += 1
-        for slot in slots:
-            if slot < 0:
-                continue
-            self.references[g][slot] -= 1
-            if self.references[g][slot]:
-                continue
-            del self.references[g][slot]
-            owner = self.owner(g, slot)
-            if owner is not None and self.groups[g].kind == "sliding":
-                if not self.kept(g, slot):
-                    self.lines[g].insert(0 if cold else len(self.lines[g]), slot)
-            elif owner is not None:
-                owner.last_use = self.now
-                owner.floor = self.evicted_worth
-
-    def insert(self, pages: str, slots: list[list[int]], first: int) -> None:
-        for i in range(first, len(pages)):
-            name, parent = pages[: i + 1], pages[:i]
-            given = [group_slots[i] for group_slots in slots]
-            entry = self.entries.get(name)
-            if entry is not None:
-                for g, slot in enumerate(given):
-                    if entry.slots[g] < 0:
-                        entry.slots[g] = slot
-            elif self.has_full and parent and parent not in self.entries:
-                return
-            elif max(given) > 0:
-                self.entries[name] = OracleEntry(parent, given)
-
-    def worth(self, name: str) -> tuple[int, ...]:
-        """The smallest goes first; equal where an order's choice is not followed here (those are
-        in test_policy.py)."""
-        entry = self.entries[name]
-        match self.order:
-            case "lru":
-                return (entry.last_use,)
-            case "lfu":
-                return (entry.hits, entry.last_use)
-            case "cost":
-                depth = len(name)
-                cost = prefix_cost(depth, PAGE_TOKENS) - prefix_cost(depth - 1, PAGE_TOKENS)
-                return (entry.floor + cost,)
-        return ()
-
-    def evict_entries(self, gone: set[str]) -> None:
-        """Remove what the index chose, after checking the choice; equal ages leave it a choice."""
-        leaves = {name for name in self.entries if self.leaf(name) and not self.pinned(name)}
-        for name in gone:
-            assert not self.pinned(name), "evicted a used page, or one that a used page continues"
-            assert all(e in gone for e, entry in self.entries.items() if entry.parent == name)
-            for other in leaves - gone:
-                assert self.worth(name) <= self.worth(other)
-        if self.order == "cost":
-            self.evicted_worth = max(self.evicted_worth, *(self.worth(name)[0] for name in gone))
-        for name in gone:
-            for g, slot in enumerate(self.entries.pop(name).slots):
-                if slot in self.lines[g]:
-                    self.lines[g].remove(slot)
-
-    def evict_pages(self, g: int, count: int) -> None:
-        for slot in self.lines[g][:count]:
-            name = next(n for n, entry in self.entries.items() if entry.slots[g] == slot)
-            self.entries[name].slots[g] = -1
-            if max(self.entries[name].slots) < 0:
-                del self.entries[name]
-        del self.lines[g][:count]
+def test_a_quota_may_change_and_needs_full_attention():
+    index = PageIndex([FULL], [5], PAGE_TOKENS)
+    release(index, insert_as(index, "ab", "x"))
+    release(index, insert_as(index, "yz", "y"))
+    index.set_quota("y", 0)
+    index.check_integrity()
+    assert index.allocate(0, 1) is not None  # not of x, though older
+    assert index.tenant_pages() == {"x": 2, "y": 1}
+    index.set_quota("y", None)
+    assert index.allocate(0, 1) is not None
+    assert index.tenant_pages() == {"x": 1, "y": 1}
+    with pytest.raises(ValueError, match="a quota of -1 pages"):
+        index.set_quota("x", -1)
+    with pytest.raises(ValueError, match="no tenants"):
+        PageIndex([sliding(3)], [5], PAGE_TOKENS).set_quota("x", 1)
 
 
-class IndexMachine(RuleBasedStateMachine):
-    groups = (FULL, sliding(4))
-    num_pages = (9, 7)
-    max_run_pages = index_module._MAX_RUN_PAGES
-    holders = Bundle("holders")
-    sequences = st.text(alphabet="ab", min_size=1, max_size=6)
-
-    @initialize(order=st.sampled_from(order_names()))
-    def create(self, order: str) -> None:
-        index_module._MAX_RUN_PAGES = self.max_run_pages
-        self.index = PageIndex(self.groups, self.num_pages, PAGE_TOKENS, order=order)
-        self.oracle = Oracle(list(self.groups), list(self.num_pages), order)
-        self.live: list[Holder] = []
-        self.now = 0
-
-    def allocate(self, g: int, count: int) -> list[int] | None:
-        index, oracle = self.index, self.oracle
-        expected = count <= oracle.num_available(g)
-        missing = count - oracle.num_free(g)
-        names = {chain(name)[-1]: name for name in oracle.entries}
-        slots = index.allocate(g, count)
-        assert (slots is not None) == expected
-        if slots is None:
-            return None
-        assert len(set(slots)) == count
-        if missing > 0 and self.groups[g].kind == "sliding":
-            oracle.evict_pages(g, missing)
-        elif missing > 0:
-            gone = {name for page_hash, name in names.items() if page_hash not in index._runs}
-            assert len(gone) == missing
-            oracle.evict_entries(gone)
-        assert not set(slots) & set(oracle.references[g])
-        assert all(oracle.owner(g, slot) is None for slot in slots)
-        oracle.retain(g, slots)
-        return slots
-
-    @rule(target=holders, pages=sequences)
-    def start(self, pages: str) -> Holder:
-        hashes = chain(pages)
-        hit = self.index.match(hashes)
-        assert hit == self.oracle.match(pages)
-        slots = self.index.acquire(hashes[:hit])
-        for g, group in enumerate(self.groups):
-            first = group.first_needed_page(hit * PAGE_TOKENS, PAGE_TOKENS)
-            expected = [self.oracle.entries[pages[: i + 1]].slots[g] for i in range(first, hit)]
-            assert slots[g] == [-1] * first + expected
-        self.oracle.acquire(pages[:hit], slots)
-        counts = [len(pages) - hit] * len(self.groups)
-        possible = self.index.can_allocate(counts)
-        assert possible == all(c <= self.oracle.num_available(g) for g, c in enumerate(counts))
-        holder = Holder(pages, slots)
-        for g, count in enumerate(counts):
-            fresh = self.allocate(g, count) if possible else None
-            assert (fresh is not None) == possible
-            slots[g] += fresh or [-1] * count
-        self.live.append(holder)
-        return holder
-
-    @rule(target=holders, holder=holders)
-    def share(self, holder: Holder) -> Holder:
-        if holder not in self.live:
-            return holder
-        for g, slots in enumerate(holder.slots):
-            self.index.retain(g, slots)
-            self.oracle.retain(g, slots)
-        copy = Holder(holder.pages, [list(slots) for slots in holder.slots])
-        self.live.append(copy)
-        return copy
-
-    @rule(holder=holders, first=st.integers(0, 2), count=st.integers(0, 6))
-    def insert(self, holder: Holder, first: int, count: int) -> None:
-        pages = holder.pages[: first + count]
-        complete = all(
-            slots[i] >= 0
-            for g, slots in enumerate(holder.slots)
-            for i in range(first, len(pages))
-            if self.groups[g].kind != "sliding"
-        )
-        if holder not in self.live or first >= len(pages) or not complete:
-            return
-        hashes = chain(pages)
-        slots = [group_slots[first : len(pages)] for group_slots in holder.slots]
-        self.index.insert(hashes[first - 1] if first else ROOT, hashes[first:], slots, first)
-        self.oracle.insert(pages, holder.slots, first)
-
-    @rule(holder=holders, count=st.integers(1, 3))
-    def publish(self, holder: Holder, count: int) -> None:
-        """As pages fill, one after the other."""
-        first = min(holder.num_published, len(holder.pages))
-        holder.num_published += count
-        self.insert(holder, first, count)
-
-    @rule(holder=holders, count=st.integers(1, 3))
-    def leave_window(self, holder: Holder, count: int) -> None:
-        if holder not in self.live:
-            return
-        for g, group in enumerate(self.groups):
-            if group.kind == "sliding":
-                gone = holder.slots[g][:count]
-                self.index.release(g, gone, cold=True)
-                self.oracle.release(g, gone, cold=True)
-                holder.slots[g][: len(gone)] = [-1] * len(gone)
-
-    @rule(holder=holders, g=st.integers(0, 2))
-    def finish_group(self, holder: Holder, g: int) -> None:
-        g %= len(self.groups)
-        if holder in self.live:
-            self.index.release(g, holder.slots[g])
-            self.oracle.release(g, holder.slots[g])
-            holder.slots[g] = [-1] * len(holder.slots[g])
-
-    @rule(holder=consumes(holders))
-    def finish(self, holder: Holder) -> None:
-        if holder not in self.live:
-            return
-        self.live.remove(holder)
-        for g, slots in enumerate(holder.slots):
-            self.index.release(g, slots)
-            self.oracle.release(g, slots)
-
-    @rule(pages=sequences)
-    def serve(self, pages: str) -> None:
-        """A whole request at once: what fills the cache fastest."""
-        holder = self.start(pages)
-        self.insert(holder, 0, len(pages))
-        self.finish(holder)
-
-    @rule(g=st.integers(0, 2), count=st.integers(1, 6))
-    def squeeze(self, g: int, count: int) -> None:
-        """Evict to make room, then give the room back."""
-        slots = self.allocate(g % len(self.groups), count)
-        if slots is not None:
-            self.index.release(g % len(self.groups), slots)
-            self.oracle.release(g % len(self.groups), slots)
-
-    @rule(pages=sequences)
-    def touch(self, pages: str) -> None:
-        hit = self.index.match(chain(pages))
-        taken = self.index.acquire(chain(pages)[:hit])
-        self.oracle.acquire(pages[:hit], taken)
-        for g, slots in enumerate(taken):
-            self.index.release(g, slots)
-            self.oracle.release(g, slots)
-
-    @rule(pages=sequences, period=st.integers(1, 6))
-    def pin(self, pages: str, period: int) -> None:
-        hit = self.index.match(chain(pages))
-        self.index.pin(chain(pages)[:hit], self.now + period)
-        self.oracle.pin(pages[:hit], self.now + period)
-
-    @rule(period=st.integers(1, 4))
-    def wait(self, period: int) -> None:
-        self.now += period
-        assert self.index.expire(self.now) == self.oracle.expire(self.now)
-
-    def teardown(self) -> None:
-        index_module._MAX_RUN_PAGES = IndexMachine.max_run_pages
-
-    @rule()
-    def clear(self) -> None:
-        self.index.clear()
-        self.oracle.pins.clear()
-        self.oracle.entries.clear()
-        for line in self.oracle.lines:
-            line.clear()
-
-    @rule(pages=sequences, first=st.integers(0, 6))
-    def look(self, pages: str, first: int) -> None:
-        entries = self.oracle.entries
-        names = [pages[:end] for end in range(1, len(pages) + 1)]
-        count = max((i + 1 for i, name in enumerate(names) if name in entries), default=0)
-        lacking = OracleEntry("", [-1] * len(self.groups))
-        expected = [
-            [entries.get(name, lacking).slots[g] for name in names[first:count]]
-            for g in range(len(self.groups))
-        ]
-        assert self.index.resident(chain(pages), first) == expected
-
-    @invariant()
-    def agrees(self) -> None:
-        self.index.check_integrity()
-        assert {chain(name)[-1] for name in self.oracle.entries} == set(self.index._runs)
-        for g in range(len(self.groups)):
-            assert self.index.num_used(g) == len(self.oracle.references[g])
-            assert self.index.num_cached(g) == self.oracle.num_cached(g)
-            assert self.index.num_free(g) == self.oracle.num_free(g)
+def test_clearing_a_tenant_keeps_what_others_continue_and_what_is_used():
+    index = PageIndex([FULL], [12], PAGE_TOKENS)
+    release(index, insert_as(index, "abc", "x"))
+    release(index, insert_as(index, "abz", "y"))
+    held = insert_as(index, "mn", "x")
+    release(index, insert_as(index, "mno", "x"))
+    index.clear("x")
+    index.check_integrity()
+    assert index.tenant_pages() == {"x": 4, "y": 1}  # a b under y's z, and m n, which are used
+    assert [index.match(chain(pages)) for pages in ("abc", "abz", "mno")] == [2, 3, 2]
+    release(index, held)
+    index.clear("y")
+    index.clear("x")
+    assert (index.num_free(0), index.tenant_pages()) == (11, {})
 
 
-class TwoFullMachine(IndexMachine):
-    groups = (FULL, sliding(3), FULL)
-    num_pages = (9, 9, 12)
-    max_run_pages = 2
+def test_the_feed_tells_what_entered_and_what_left():
+    index = PageIndex([FULL, sliding(64)], [5, 5], PAGE_TOKENS, feed=True)
+    a, b, c, d = chain("abcd")
+    release(index, fill(index, chain("ab")))
+    slots = fill(index, chain("abcd"))
+    assert index.take_changes() == [Stored(ROOT, (a, b), 0), Stored(b, (c, d), 2)]
+    release(index, slots)
+    assert index.allocate(1, 1) is not None  # leaves a tombstone: no change
+    assert index.take_changes() == []
+    assert index.allocate(0, 1) is not None
+    assert index.allocate(0, 1) is not None
+    index.clear()
+    assert index.take_changes() == [Removed((d, c)), Cleared()]
+    assert PageIndex([FULL], [5], PAGE_TOKENS).take_changes() == []
 
 
-class LatentMachine(IndexMachine):
-    groups = (LayerGroup("latent", (0,), kv_heads=1, head_dim=8), sliding(4))
-    num_pages = (8, 7)
-    max_run_pages = 3
-
-
-class SlidingMachine(IndexMachine):
-    groups = (sliding(2), sliding(5))
-    num_pages = (7, 9)
-
-
-class FullMachine(IndexMachine):
-    groups = (FULL,)
-    num_pages = (8,)
-
-
-SETTINGS = settings(
-    max_examples=100,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-for machine in (IndexMachine, TwoFullMachine, LatentMachine, SlidingMachine, FullMachine):
-    machine.TestCase.settings = SETTINGS
-TestFullAndSliding = IndexMachine.TestCase
-TestTwoFullGroups = TwoFullMachine.TestCase
-TestLatentAndSliding = LatentMachine.TestCase
-TestSlidingOnly = SlidingMachine.TestCase
-TestFullOnly = FullMachine.TestCase
+def test_top_prefixes_are_those_from_which_most_was_reused():
+    index = PageIndex([FULL], [20], PAGE_TOKENS)
+    release(index, insert_as(index, "abcd", "x"))
+    release(index, insert_as(index, "mn", None))
+    release(index, insert_as(index, "pqr", None))
+    for _ in range(3):
+        release(index, index.acquire(chain("ab")))
+    release(index, index.acquire(chain("mn")))
+    assert index.top_prefixes(3) == [
+        TopPrefix(chain("ab")[1], 0, 2, 3, "x"),
+        TopPrefix(chain("mn")[1], 0, 2, 1, None),
+        TopPrefix(chain("pqr")[2], 0, 3, 0, None),
+    ]

@@ -14,8 +14,15 @@ class FakeRun(Run):
 
     __slots__ = ("children", "first", "hashes", "is_held", "parent")
 
-    def __init__(self, level: int, first: int, hashes: list[bytes], parent: "FakeRun | None"):
-        super().__init__(level)
+    def __init__(
+        self,
+        level: int,
+        first: int,
+        hashes: list[bytes],
+        parent: "FakeRun | None",
+        owner: str | None = None,
+    ) -> None:
+        super().__init__(level, owner)
         self.first = first
         self.hashes = hashes
         self.parent = parent
@@ -209,13 +216,13 @@ class World:
         self.runs: list[FakeRun] = []
         self.now = 0
 
-    def add(self, parent: FakeRun | None, hashes: list[bytes]) -> FakeRun:
+    def add(self, parent: FakeRun | None, hashes: list[bytes], owner: str | None = None) -> FakeRun:
         level, count = self.order.admit(hashes, 0)
         expected = [self.model.is_main(page_hash) for page_hash in hashes]
         assert level == expected[0]
         assert expected[:count] == [bool(level)] * count
         assert expected[count : count + 1] != [bool(level)]
-        run = FakeRun(level, parent.end if parent else 0, hashes[:count], parent)
+        run = FakeRun(level, parent.end if parent else 0, hashes[:count], parent, owner)
         if parent is not None:
             parent.children += 1
         self.runs.append(run)
@@ -241,7 +248,7 @@ class World:
             self.order.offer(run)
 
     def split(self, run: FakeRun, count: int) -> FakeRun:
-        head = FakeRun(run.level, run.first, run.hashes[:count], run.parent)
+        head = FakeRun(run.level, run.first, run.hashes[:count], run.parent, run.owner)
         head.is_held = run.is_held
         head.children = 1
         run.hashes, run.first, run.parent = run.hashes[count:], run.first + count, head
@@ -250,12 +257,13 @@ class World:
         self.model.split(head, run)
         return head
 
-    def evict(self, count: int) -> FakeRun | None:
-        evictable = [run for run in self.runs if run.is_evictable]
+    def evict(self, count: int, owner: str | None = None) -> FakeRun | None:
+        evictable = [run for run in self.runs if run.is_evictable and owner in (None, run.owner)]
         if not evictable:
+            assert self.order.take(owner) is None
             return None
         best = self.model.best(evictable)
-        run = self.order.take()
+        run = self.order.take(owner)
         assert isinstance(run, FakeRun)
         assert run in best
         gone = run.hashes[-count:]
@@ -295,7 +303,8 @@ def test_an_order_takes_what_its_model_takes(name: str, seed: int) -> None:
                 else:
                     made += 1
                     hashes.append(b"%d" % made)
-            run = world.add(rng.choice(runs) if runs and rng.random() < 0.6 else None, hashes)
+            parent = rng.choice(runs) if runs and rng.random() < 0.6 else None
+            run = world.add(parent, hashes, rng.choice([None, None, "x", "y"]))
             if rng.random() < 0.7:
                 world.release(run)
             evicted += hashes[run.num_pages :]
@@ -312,6 +321,8 @@ def test_an_order_takes_what_its_model_takes(name: str, seed: int) -> None:
                 world.split(run, rng.randint(1, run.num_pages - 1))
         else:
             before = {page_hash for run in runs for page_hash in run.hashes}
+            if rng.random() < 0.5:
+                world.evict(rng.randint(1, 3), rng.choice(["x", "y", "nobody"]))
             while sum(run.num_pages for run in runs) > world.order.num_pages:
                 if world.evict(rng.randint(1, 3)) is None:
                     break
@@ -390,6 +401,18 @@ def test_cost_keeps_the_deep_longer_but_not_for_ever() -> None:
     last = cached(world, b"last")  # 98 + 49 > 145
     assert world.evict(1) is deep
     assert last in world.runs
+
+
+def test_a_withdrawn_run_is_not_taken() -> None:
+    for name in order_names():
+        world = World(name, 10)
+        gone, stays = world.add(None, [b"g"], "x"), world.add(None, [b"s"], "x")
+        world.release(gone)
+        world.release(stays)
+        world.order.withdraw(gone)
+        assert world.order.take("x") is stays
+        assert world.order.take("x") is world.order.take() is None
+        world.order.check_integrity(world.runs)
 
 
 def test_the_heap_stays_small_when_keys_fall() -> None:
