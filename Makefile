@@ -38,8 +38,14 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/system-packages
 demo: $(INSTALLED)
 	@$(BIN)/python -m pd.bench.demo $(SPEC)
 
+# The end-to-end tests run one at a time: each starts as many processes as there are cores.
 test: $(INSTALLED)
+ifdef ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)
+else
+	@$(BIN)/python -m pytest -q -n $$(nproc) --dist worksteal tests/unit tests/contract tests/sim
+	@$(BIN)/python -m pytest -q tests/e2e
+endif
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -62,7 +62,9 @@ class Copier:
                 status = torch.cuda.cudart().cudaHostRegister(region.address, size, 0)  # type: ignore[no-untyped-call]
                 if int(status):
                     raise PeerError(f"cudaHostRegister of {size} bytes: error {int(status)}")
-        self._host = host
+        before, self._host = self._host, host
+        if before is not None and self._streams:
+            self._to_host.submit(_unpin, before)  # after the copies that use it
 
     def _copy(self, copy: CopyPages) -> PagesCopied:
         begin = time.perf_counter()
@@ -87,6 +89,11 @@ class Copier:
             if stream is not None:
                 stream.synchronize()
         return PagesCopied(copy.copy_id, error, moved, time.perf_counter() - begin)
+
+
+def _unpin(host: HostPools) -> None:
+    for pool in host.pools:
+        torch.cuda.cudart().cudaHostUnregister(pool.region.address)  # type: ignore[no-untyped-call]
 
 
 def _copy_on_cpu(

@@ -1,5 +1,5 @@
-"""The served path with a host tier and storage behind it, on real parts: tokens stay exact and bytes
-the same with every tier cold, warm, evicting and failing."""
+"""The served path with a host tier and storage behind it, on real parts: tokens stay exact and
+bytes the same with every tier cold, warm, evicting and failing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from node_world import DEADLINE_S, cluster, collect, tokens_of, wait_until
 from reference_model import ReferenceModel
 from storage_world import running_master
@@ -26,15 +27,15 @@ NUM_CONVERSATIONS, NUM_TURNS = 6, 3
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
-def make_spec(folder: Path, pages: int = 40, **cache: Any) -> ClusterSpec:
+def make_spec(folder: Path, pages: int = 40, device: str = "cpu", **cache: Any) -> ClusterSpec:
     """Replicas that hold one or two of the conversations; the host tier holds all."""
-    role = {"pool": {"pages": pages}, "max_batch_tokens": 24, "max_running": 4}
+    role = {"device": device, "pool": {"pages": pages}, "max_batch_tokens": 24, "max_running": 4}
     return ClusterSpec.model_validate(
         {
             "model": {"path": str(folder), "dtype": "float32", "max_context": 250},
             "page_tokens": PAGE,
             "roles": {"prefill": role, "decode": role},
-            "transfer": {"backend": "shm"},
+            "transfer": {"backend": "ipc" if device == "cuda" else "shm"},
             "router": {"local_prefill_tokens": 0},
             "cache": {"host": {"memory": "64MiB"}, **cache},
         }
@@ -83,7 +84,8 @@ def resident_bytes(index: PageIndex, pools: list[np.ndarray]) -> dict[tuple[int,
 
 def device_bytes(node: Any) -> dict[tuple[int, bytes], bytes]:
     pools = [
-        pool.data.numpy().view(np.uint8).reshape(len(pool.data), -1) for pool in node._runner.pools
+        pool.data.cpu().numpy().view(np.uint8).reshape(len(pool.data), -1)
+        for pool in node._runner.pools
     ]
     return resident_bytes(node.leader.index, pools)
 
@@ -157,6 +159,32 @@ def test_bytes_go_through_every_tier_and_back(
                 after = host_bytes(second[3])
                 assert_same(after, before)
                 assert_same(device_bytes(second[1]), after)
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+def test_on_a_gpu(
+    family: str,
+    tiny_folder: Callable[[str], Path],
+    reference: Callable[[str], ReferenceModel],
+    tmp_path: Path,
+) -> None:
+    """Bytes and tokens, with storage in files."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    storage = {"backend": "file", "options": {"path": str(folder), "limit": "1GiB"}}
+
+    async def run() -> None:
+        spec = make_spec(tiny_folder(family), device="cuda", storage=storage)
+        async with cluster(spec, str(tmp_path)) as nodes:
+            await prefill(nodes, reference(family))
+            assert_same(device_bytes(nodes[1]), host_bytes(nodes[3]))
+            assert (await converse(nodes, reference(family)))["host"] > 0
+        async with cluster(spec, str(tmp_path)) as nodes:
+            assert await prefill(nodes, reference(family)) > 0
+            assert_same(device_bytes(nodes[1]), host_bytes(nodes[3]))
 
     asyncio.run(run())
 
