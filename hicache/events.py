@@ -86,6 +86,7 @@ class Content:
     """What pages hold."""
 
     tokens: Sequence[int]
+    """Empty: they are not known here."""
     adapter: str | None = None
 
 
@@ -101,8 +102,9 @@ def block_events(
 ) -> list[Event]:
     """The events that tell of an index's changes.
 
-    `content_of` gives the tokens of exactly the pages stored, or None where routers should not know
-    of them: they hash tokens, and would send others to pages under a cache salt.
+    `content_of` gives the tokens of exactly the pages stored, or none (as vLLM's offloading tells
+    of pages in host memory), or None where routers should not know of them: they hash tokens, and
+    would send others to pages under a cache salt.
     """
     events: list[Event] = []
     for change in changes:
@@ -111,7 +113,7 @@ def block_events(
                 content = content_of(change)
                 if content is None:
                     continue
-                if len(content.tokens) != len(change.hashes) * page_tokens:
+                if len(content.tokens) not in (0, len(change.hashes) * page_tokens):
                     raise ValueError(
                         f"{len(content.tokens)} tokens for {len(change.hashes)} pages of "
                         f"{page_tokens}"

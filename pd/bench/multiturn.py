@@ -11,6 +11,7 @@ tiers the host tier has a quarter of its size, so that storage has something to 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import statistics
 import tempfile
@@ -60,13 +61,13 @@ def run_multiturn(
     """The report, as JSON. Raises BenchError, ServerError and HttpError."""
     if min(options.clients, options.rounds, options.new_tokens, options.output_tokens) < 1:
         raise BenchError("clients, rounds, new and output tokens: expected at least 1 of each")
-    runs = []
+    runs: list[dict[str, Any]] = []
     outputs: list[list[tuple[int, ...]]] = []
     with tempfile.TemporaryDirectory(prefix="pagerelay-bench-") as folder:
         for tiers in TIERS:
             spec = Path(folder) / f"{len(runs)}.yaml"
             spec.write_text(yaml.safe_dump(_spec(options, tiers, Path(folder) / "storage")))
-            rounds = _converse(spec, options, console, lambda n, tiers=tiers: on_round(tiers, n))
+            rounds = _converse(spec, options, console, functools.partial(on_round, tiers))
             outputs.append([turn.tokens for turns in rounds for turn in turns])
             runs.append({"tiers": tiers, "rounds": [_summary(turns) for turns in rounds]})
     base = runs[0]["rounds"]
@@ -175,9 +176,9 @@ def _summary(turns: list[Turn]) -> dict[str, Any]:
 def print_multiturn(report: dict[str, Any], console: Console) -> None:
     options = report["options"]
     console.print(
-        f"{options['clients']} clients, {options['rounds']} rounds of {options['new_tokens']} new and "
-        f"{options['output_tokens']} generated tokens; {options['device_pages']} device pages, host "
-        f"{options['host_memory']} (a quarter of that beside storage); {options['spec']}",
+        f"{options['clients']} clients, {options['rounds']} rounds of {options['new_tokens']} new "
+        f"and {options['output_tokens']} generated tokens; {options['device_pages']} device pages, "
+        f"host {options['host_memory']} (a quarter of that beside storage); {options['spec']}",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False)
