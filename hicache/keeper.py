@@ -117,7 +117,7 @@ class Keeper:
 
     def receive(self, client: str, message: ToKeeper, now: float) -> None:
         exchanges = self._clients.get(client)
-        if exchanges is None:
+        if exchanges is None or not self._is_sound(message):
             return
         if message.floor > self._floors[client]:
             self._floors[client] = message.floor
@@ -138,7 +138,7 @@ class Keeper:
                 search = exchanges.get(message.serial)
                 if isinstance(search, _Search) and search.prefetch is not None:
                     self._end_prefetch(search, now)
-                    self._last_found(client, message.serial, search)
+                    self._last_found(client, message.serial, search, now)
             case Copied():
                 offer = exchanges.get(message.serial)
                 if isinstance(offer, _Offer):
@@ -156,9 +156,19 @@ class Keeper:
                 if (
                     isinstance(search, _Search)
                     and search.prefetch is not None
-                    and search.prefetch.is_done
+                    and (search.prefetch.is_done or search.prefetch.is_probe)
                 ):
-                    self._last_found(client, serial, search)
+                    self._last_found(client, serial, search, now)
+
+    def _is_sound(self, message: ToKeeper) -> bool:
+        match message:
+            case Find():
+                return not len(message.page_hashes) % HASH_BYTES
+            case Offer():
+                num_pages, rest = divmod(len(message.page_hashes), HASH_BYTES)
+                is_one_per_group = len(message.have) == len(self._groups)
+                return not rest and 0 <= message.first <= num_pages and is_one_per_group
+        return True
 
     def detach(self, now: float) -> None:
         """Do without storage from now on; the tier drains by itself."""
@@ -166,7 +176,7 @@ class Keeper:
             for serial, search in exchanges.items():
                 if isinstance(search, _Search) and search.prefetch is not None:
                     self._end_prefetch(search, now)
-                    self._last_found(client, serial, search)
+                    self._last_found(client, serial, search, now)
         if self.storage is not None:
             self.storage.detach(now)
             self.storage = None
@@ -180,19 +190,25 @@ class Keeper:
         if self.storage is not None:
             self.storage.pages_hit(hashes[:found], now)
             if found < len(hashes):
-                search.prefetch = self.storage.prefetch(hashes, found, now, message.tokens_per_s)
+                prefetch = self.storage.prefetch(hashes, found, now, message.tokens_per_s)
+                if prefetch is not None and not prefetch.is_probe:
+                    search.prefetch = prefetch
+        self.stats.found_pages += found
         self._tell(client, message.serial, search, found)
 
-    def _last_found(self, client: str, serial: int, search: _Search) -> None:
+    def _last_found(self, client: str, serial: int, search: _Search, now: float) -> None:
         search.prefetch = None
-        self._tell(client, serial, search, self.index.match(search.hashes))
+        found = self.index.match(search.hashes)
+        if self.storage is not None and found > search.num_resident:
+            self.storage.pages_hit(search.hashes[:found], now)
+        self._tell(client, serial, search, found)
 
     def _tell(self, client: str, serial: int, search: _Search, found: int) -> None:
         slots = self.index.acquire(search.hashes[:found])
         for held, taken in zip(search.held, slots, strict=True):
             held += taken
         num_read = max(0, found - search.num_resident)
-        self.stats.found_pages += found
+        self.stats.found_pages += num_read
         self.stats.read_pages += num_read
         packed = tuple(map(_pack, slots))
         self._send(client, Found(serial, found, packed, search.prefetch is None, num_read))

@@ -101,5 +101,6 @@ class StorageHints:
         assert len(self._stored) <= self._max_stored, f"{len(self._stored)} hints"
         assert len(self._absent) <= self._max_absent, f"{len(self._absent)} absent pages"
         for page_hash, groups in self._stored.items():
-            assert groups and groups & self.full_groups == self.full_groups, "an incomplete page"
+            assert groups, "a page in no group"
+            assert groups & self.full_groups == self.full_groups, "a page without a full group"
             assert page_hash not in self._absent, "a page is known to be stored and to be absent"

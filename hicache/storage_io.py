@@ -189,7 +189,7 @@ class LoadCost:
         return Verdict.PROBE
 
 
-class BreakerState(enum.Enum):
+class BreakerState(enum.StrEnum):
     CLOSED = "closed"
     OPEN = "open"
     TRIAL = "trial"
@@ -294,7 +294,7 @@ class Operations:
         self._max_bytes = {OpKind.PUT: limits.max_put_bytes, OpKind.GET: limits.max_get_bytes}
         self.bytes_in_flight = {OpKind.PUT: 0, OpKind.GET: 0}
         self.bytes_moved = {OpKind.PUT: 0, OpKind.GET: 0}
-        self.outcomes = {outcome: 0 for outcome in Outcome}
+        self.outcomes = dict.fromkeys(Outcome, 0)
         """Keys by outcome, of all operations."""
         self.num_given_up = 0
         self.is_detached = False

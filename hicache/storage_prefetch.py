@@ -4,9 +4,9 @@ A prefetch asks once which of the pages that the host tier lacks are there. From
 how long a prefix can be restored: full-attention and latent groups need every page, sliding-window
 groups the last window before its end. What is lacking of that is read in page order, in batches,
 into slots of the host tier's pools. A batch that has landed is inserted when all before it are, so
-that no page is ever without its predecessor; from then on its pages are ordinary cache, except that
-the pages of the last batch are held until the next one has landed or the prefetch is done, for they
-carry the prefix that the rest continues.
+that no page is ever without its predecessor; from then on its pages are ordinary cache. Only what
+the rest continues is held until the prefetch is done: the last batch, with which all before it
+stays, and what there is of the last windows.
 
 A page that cannot be read, or finds no room, ends the prefix: on all groups together. What can be
 restored up to there is worked out anew, for a shorter prefix has another last window. Two
@@ -28,7 +28,7 @@ from hicache.storage_io import Operations, OpKind, StorageLimits, Verdict
 
 
 class Prefetch:
-    """One request's read. Who asked for it reads the first five; it is changed by its owner only."""
+    """One request's read. Its public fields are for who asked for it, to be read only."""
 
     __slots__ = (
         "_batches",
@@ -38,6 +38,7 @@ class Prefetch:
         "_hashes",
         "_hold",
         "_is_cancelled",
+        "_kept",
         "_limit",
         "_next",
         "_present",
@@ -87,6 +88,8 @@ class Prefetch:
         """Another prefetch's, or an earlier one of its own."""
         self._hold: list[list[int]] = [[] for _ in range(num_groups)]
         """Slots by group with a reference."""
+        self._kept = 0
+        """The first page of the full groups among them."""
         self._reserved = [0] * num_groups
         """Pages of each pool that it is to fill."""
         self._unread_bytes = 0
@@ -188,7 +191,7 @@ class Prefetcher:
             len(self._groups),
         )
         self._active[prefetch] = None
-        self._hold_from(prefetch, max(begin - 1, 0), len(chain))
+        self._keep(prefetch, max(begin - 1, 0))
         self._ask(prefetch, now)
         return prefetch
 
@@ -207,16 +210,22 @@ class Prefetcher:
         num_tokens = num_pages * self._index.page_tokens
         return self._operations.cost.judge(queued + num_bytes, trips, num_tokens, tokens_per_s, now)
 
-    def _hold_from(self, prefetch: Prefetch, first: int, end: int) -> None:
-        """Keep the pages from `first` to `end` that are resident, and with them all before them,
-        from being evicted; no others any more."""
-        if not self._full:
-            return
-        slots = self._index.resident(prefetch._hashes[:end], first)
-        for g in self._sliding:
-            slots[g] = []
-        old, prefetch._hold = prefetch._hold, slots
-        for g, of_group in enumerate(slots):
+    def _keep(self, prefetch: Prefetch, first: int) -> None:
+        """Hold what the rest of a prefetch continues: of full groups the pages from `first` on, and
+        with them all before; of sliding ones what there is of the last window. No others any
+        more."""
+        prefetch._kept = max(prefetch._kept, first)
+        starts = [
+            prefetch._kept if g in self._full else self._first_needed(g, prefetch.target)
+            for g in range(len(self._groups))
+        ]
+        low = min(starts)
+        slots = self._index.resident(prefetch._hashes, low)
+        old = prefetch._hold
+        prefetch._hold = [
+            of_group[start - low :] for start, of_group in zip(starts, slots, strict=True)
+        ]
+        for g, of_group in enumerate(prefetch._hold):
             self._index.retain(g, of_group)
         self._release(old)
 
@@ -312,6 +321,7 @@ class Prefetcher:
                 return
         windows = [self._first_needed(g, prefetch.target) for g in self._sliding]
         prefetch._next = min([prefetch.num_pages, *windows])
+        self._keep(prefetch, prefetch._kept)
         prefetch._reserved = counts
         prefetch._unread_bytes = num_bytes
 
@@ -507,7 +517,7 @@ class Prefetcher:
             for waiting in batch.waiting:
                 waiting._waits_for = None
             self.num_restored += inserted
-            self.num_wasted += good - inserted
+            self.num_wasted += len(batch.pages) - len(batch.failed) - inserted
             if inserted < len(batch.pages):
                 self._cut(prefetch, batch.pages[inserted], now)
 
@@ -521,8 +531,7 @@ class Prefetcher:
         self._index.insert(hashes[first - 1] if first else b"", hashes[first:end], rows, first)
         found = first + len(self._index.resident(hashes[:end], first)[0])
         inserted = sum(page < found for page in batch.pages[:count])
-        if any(of_group for g, of_group in enumerate(batch.slots) if g in self._full):
-            self._hold_from(prefetch, first, end)
+        self._keep(prefetch, first)
         prefetch.num_pages = max(self._index.match(hashes), prefetch.num_pages)
         for page, groups in zip(batch.pages[:inserted], batch.read, strict=False):
             if batch.epoch == self._hints.epoch:
@@ -608,7 +617,7 @@ class Prefetcher:
         """On each of which this holds a reference, as often as it does."""
         used: list[int] = []
         for prefetch in self._active:
-            used += prefetch._hold[group]
+            used += [slot for slot in prefetch._hold[group] if slot >= 0]
             for batch in prefetch._batches:
                 used += batch.slots[group].values()
         return used

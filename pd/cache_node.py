@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
+import msgspec
 import numpy as np
 
 from hicache.grid import ObjectGrid
@@ -27,11 +28,12 @@ from hicache.keeper import Keeper
 from hicache.messages import Close, Copied, Find, Offer, Take
 from hicache.storage.backends import make_storage
 from hicache.storage.storage import Storage, StorageError
-from hicache.storage_io import CancelOp, Effect, Ended, Exists, Get, PagesFreed, Put
+from hicache.storage_io import BreakerState, CancelOp, Effect, Ended, Exists, Get, PagesFreed, Put
 from hicache.storage_tier import StorageTier
 from pd import cost
 from pd.messages import AnyMessage, CacheAnswer, CacheCommand, Heartbeat, Int32Array
 from pd.node import Member, Node, NodeConfig
+from pd.publishing import KvEvents, process_number
 from pd.spec import SpecError
 
 log = logging.getLogger("pagerelay")
@@ -42,6 +44,9 @@ _IDLE_POLL_S = 0.05
 _CLEAR_S = 60.0
 _SPARE_BYTES = 1 << 30
 """Of the host's memory, left to others."""
+_TOP = 10
+"""Prefixes and tenants in a report."""
+_HASH_DIGITS = 16
 
 
 class _Attached:
@@ -126,6 +131,7 @@ class CacheNode(Node):
         self._fingerprint = ""
         self._wake = asyncio.Event()
         self._is_changing = False
+        self._events: KvEvents | None = None
 
     async def prepare(self) -> Member:
         await asyncio.to_thread(self._load)
@@ -136,6 +142,10 @@ class CacheNode(Node):
         }
         if self.spec.cache.storage is not None:
             facts["storage"] = self.spec.cache.storage.backend
+        if self.spec.cache.events.publish:
+            number = process_number(self.spec, self.name)
+            self._events = KvEvents(self.spec.cache.events, number, self._keeper.index, "host")
+            facts |= self._events.facts
         self.spawn(self._poll_loop())
         description = self._pools.describe()
         return Member(self.name, "cache", self.incarnation, "", transport=description, facts=facts)
@@ -155,7 +165,13 @@ class CacheNode(Node):
         self._num_pages = cost.plan_host(self._layouts, wanted)
         page_bytes = [layout.page_bytes for layout in self._layouts]
         self._pools = HostPools.allocate(self._num_pages, page_bytes)
-        index = PageIndex(groups, self._num_pages, spec.page_tokens, order=spec.cache.eviction)
+        index = PageIndex(
+            groups,
+            self._num_pages,
+            spec.page_tokens,
+            order=spec.cache.eviction,
+            feed=bool(spec.cache.events.publish),
+        )
         self._keeper = Keeper(index, groups, None, self.send)
         if spec.cache.storage is not None:
             storage = spec.cache.storage
@@ -197,9 +213,14 @@ class CacheNode(Node):
             for attached in everyone:
                 attached.poll(now)
             self._keeper.tick(now)
+            self._publish()
             for attached in [each for each in self._leaving if each.tier.is_drained]:
                 self._leaving.remove(attached)
                 await asyncio.to_thread(attached.storage.close)
+
+    def _publish(self) -> None:
+        if self._events is not None:
+            self._events.publish(time.time())
 
     # ----------------------------------------------------------------------------------- operations
 
@@ -215,7 +236,8 @@ class CacheNode(Node):
                 error = str(reason)
             finally:
                 self._is_changing = False
-        report = json.dumps(self._report()).encode()
+        self._publish()
+        report = msgspec.json.encode(self._report())
         self.send(sender, CacheAnswer(message.serial, error, report))
 
     async def _carry_out(self, message: CacheCommand) -> None:
@@ -269,9 +291,21 @@ class CacheNode(Node):
             "name": self.name,
             "page_tokens": self.spec.page_tokens,
             "groups": groups,
-            "evicted": index.evictions,
+            "evicted_pages": index.evictions,
+            "open_exchanges": self._keeper.num_open,
             **dataclasses.asdict(self._keeper.stats),
             "storage": storage,
+            "top_prefixes": [
+                {
+                    "hash": top.page_hash.hex()[:_HASH_DIGITS],
+                    "first_page": top.first_page,
+                    "pages": top.num_pages,
+                    "matches": top.matches,
+                    "tenant": top.tenant or "",
+                }
+                for top in index.top_prefixes(_TOP)
+            ],
+            "tenants": dict(Counter(index.tenant_pages()).most_common(_TOP)),
         }
 
     # ------------------------------------------------------------------------------------- the node
@@ -302,11 +336,11 @@ class CacheNode(Node):
         return Heartbeat(cache=self._figures())
 
     def _figures(self) -> dict[str, float]:
-        index, stats = self._keeper.index, self._keeper.stats
+        index = self._keeper.index
         figures: dict[str, float] = {
             "evicted_pages": index.evictions,
             "open_exchanges": self._keeper.num_open,
-            **dataclasses.asdict(stats),
+            **dataclasses.asdict(self._keeper.stats),
         }
         for g, pool in enumerate(self._pools.pools):
             figures |= {
@@ -316,12 +350,13 @@ class CacheNode(Node):
                 f"group_{g}_page_bytes": pool.page_bytes,
             }
         if self._attached is not None:
-            tier = dataclasses.asdict(self._attached.tier.stats())
+            stats = self._attached.tier.stats()
             figures |= {
                 f"storage_{key}": float(value)
-                for key, value in tier.items()
+                for key, value in dataclasses.asdict(stats).items()
                 if isinstance(value, int | float)
             }
+            figures["storage_breaker_open"] = float(stats.breaker is not BreakerState.CLOSED)
         return figures
 
     def check(self) -> dict[str, object]:
@@ -332,6 +367,8 @@ class CacheNode(Node):
         return {"idle": not any(used) and not self._keeper.num_open, "figures": self._figures()}
 
     async def shut_down(self) -> None:
+        if self._events is not None:
+            await self._events.close()
         storages = [each.storage for each in self._leaving]
         if self._attached is not None:
             storages.append(self._attached.storage)

@@ -14,7 +14,6 @@ gone, and so do, on the keeper's side, the host pages.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,8 @@ _ANSWER_S = 5.0
 """A keeper that takes longer is not waited for."""
 _READ_S = 60.0
 """The most that storage is waited for, whatever the policy."""
+_QUIET_S = 10.0
+"""How often the keeper hears that nothing is open, in case that it was not told so."""
 _MAX_FETCHES = 256
 _FORGET = 0.8
 _SPARE_SHARE = 0.125
@@ -41,7 +42,7 @@ _SPARE_SHARE = 0.125
 _USES_KEPT = 2
 """Pages whose uses are known, in device pools."""
 _OFFERED_SHARE = 0.25
-"""Of the device pool, the most pages that wait to be copied out."""
+"""Of the device pool, the most pages that wait to be copied out, if they are of several offers."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -121,7 +122,7 @@ class Caching:
         self._ready = ready
         self._send = send
         self._emit = emit
-        self._serials = itertools.count(1)
+        self._last_serial = 0
         self._open: dict[int, _Fetch | _Offering] = {}
         """By serial, ascending."""
         self._queue: deque[_Fetch] = deque()
@@ -131,8 +132,6 @@ class Caching:
         self._num_offered = 0
         self._max_offered = int(self._pool_pages * _OFFERED_SHARE)
         self._num_copying = 0
-        self._last_told = 0
-        """0: the keeper has been told that nothing is open."""
         self._quiet_since = 0.0
         self._speed = _Speed()
 
@@ -153,8 +152,12 @@ class Caching:
     def _tell(self, serial: int, make: Callable[[int, int], AnyMessage]) -> None:
         """Send what `make` makes of the serial and the floor."""
         if self.keeper:
-            self._send(self.keeper, make(serial, next(iter(self._open), serial)))
-            self._last_told = serial
+            floor = next(iter(self._open), self._last_serial + 1)
+            self._send(self.keeper, make(serial, floor))
+
+    def _next_serial(self) -> int:
+        self._last_serial += 1
+        return self._last_serial
 
     def receive(self, sender: str, message: FromKeeper, now: float) -> None:
         exchange = self._open.get(message.serial)
@@ -176,10 +179,10 @@ class Caching:
         wanted = (sequence.length - 1) // self._page_tokens
         if not self.keeper or wanted < 1 or len(self._by_sequence) >= _MAX_FETCHES:
             return False
-        hashes = sequence.hashes[:wanted]
-        if self._index.match(hashes) == wanted:
+        hashes = sequence.hashes[:wanted]  # of what was generated elsewhere there are none
+        if self._index.match(hashes) == len(hashes):
             return False
-        fetch = _Fetch(next(self._serials), sequence, sequence.arrived_at, hashes, now + _ANSWER_S)
+        fetch = _Fetch(self._next_serial(), sequence, sequence.arrived_at, hashes, now + _ANSWER_S)
         self._open[fetch.serial] = self._by_sequence[sequence] = fetch
         self._queue.append(fetch)
         chain = b"".join(hashes)
@@ -255,8 +258,8 @@ class Caching:
         # What comes before must not make room for what follows.
         fetch.slots = self._index.acquire(hashes[:begin])
         if not self._index.can_allocate(counts):
-            for g, slots in enumerate(fetch.slots):
-                self._index.release(g, slots)
+            for g, acquired in enumerate(fetch.slots):
+                self._index.release(g, acquired)
             fetch.slots = []
             self.lacks_pages_since = min(self.lacks_pages_since, fetch.arrived_at)
             return
@@ -327,11 +330,11 @@ class Caching:
         end = len(hashes)
         if not self.keeper:
             return
-        if self._num_offered + end - new > self._max_offered:
+        if self._num_offered and self._num_offered + end - new > self._max_offered:
             self.dropped_offers += end - new
             return
         slots = [list(table[:end]) for table in tables]
-        offer = _Offering(next(self._serials), hashes, slots, end - new)
+        offer = _Offering(self._next_serial(), hashes, slots, end - new)
         for g, pages in enumerate(slots):
             self._index.retain(g, pages)
         self._num_offered += offer.new
@@ -343,7 +346,8 @@ class Caching:
     def _copy_out(self, offer: _Offering, room: Room) -> None:
         host = [unpack_ints(slots[: len(slots) // 4 * 4]) for slots in room.slots]
         offer.count = len(host[0]) if host else 0
-        if [len(slots) for slots in host] != [offer.count] * len(self._groups) or room.first < 0:
+        is_whole = [len(slots) for slots in host] == [offer.count] * len(self._groups)
+        if not is_whole or not 0 <= room.first <= len(offer.hashes) - offer.count:
             offer.count = 0
         device = [slots[room.first : room.first + offer.count] for slots in offer.slots]
         # Without room, or given some for pages that were not offered.
@@ -430,11 +434,10 @@ class Caching:
                     self._ask_to_end(exchange, now)
         if self._open:
             self._quiet_since = now
-        elif self._last_told and now > self._quiet_since + _ANSWER_S:
-            # In case that the message which closed the last one was lost.
-            last, self._last_told = self._last_told, 0
-            if self.keeper:
-                self._send(self.keeper, Close(last, last + 1))
+        elif self.keeper and self._last_serial and now > self._quiet_since + _QUIET_S:
+            # The message that closed the last one may have been lost, and so may this one.
+            self._quiet_since = now
+            self._tell(self._last_serial, Close)
 
     # ------------------------------------------------------------------------------------ integrity
 

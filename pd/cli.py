@@ -33,6 +33,11 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+cache = typer.Typer(
+    help="The tiers of a running cluster's cache: pages, hits, storage.",
+    invoke_without_command=True,
+)
+app.add_typer(cache, name="cache")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec (YAML).")]
 Url = Annotated[str, typer.Option(help="A running server.")]
@@ -261,6 +266,121 @@ def status(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) -> No
 
 def _base(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
+
+
+# -------------------------------------------------------------------------------------------- cache
+
+Keeper = Annotated[str, typer.Option(help="Only this one; default: all.")]
+
+
+@cache.callback()
+def show_cache(
+    context: typer.Context, url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False
+) -> None:
+    """The tiers of a running cluster's cache: pages, hits, storage."""
+    if context.invoked_subcommand is not None:
+        given = [n for n in ("url", "key", "as_json") if _is_typed(context, n)]
+        if given:
+            option = given[0].removeprefix("as_")
+            raise _Failure(f"--{option}: expected after {context.invoked_subcommand}", 2)
+        return
+    from pd.http_client import HttpError, get_json
+
+    try:
+        answer = get_json(f"{_base(url)}/cache", key, timeout_s=15.0)
+    except HttpError as error:
+        raise _Failure(str(error)) from error
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    from pd.cache_report import print_cache
+
+    console = _console()
+    console.print(f"[bold]{answer['model']}[/bold] at {_base(url)}", highlight=False)
+    print_cache(answer, console)
+
+
+def _is_typed(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@cache.command("clear")
+def cache_clear(
+    tenant: Annotated[str, typer.Option(help="Only what this one's requests brought.")] = "",
+    keeper: Keeper = "",
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+) -> None:
+    """Forget the pages of the host tier. Those in use go when they are no longer."""
+    body = {"tenant": tenant}
+    done = _change_cache("POST", "/cache/clear", body, keeper, url, key)
+    what = f"what {tenant} brought is" if tenant else "the host tier is"
+    print(f"{what} cleared on {_names(done)}")
+
+
+@cache.command("attach")
+def cache_attach(
+    backend: Annotated[str, typer.Argument(help="file, nixl, mooncake or memory.")],
+    option: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE", help="Of the backend; may be given again.")
+    ] = [],  # noqa: B006
+    keeper: Keeper = "",
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+) -> None:
+    """Use this storage behind the host tier, instead of what is there."""
+    options: dict[str, str] = {}
+    for each in option:
+        name, equals, value = each.partition("=")
+        if not name or not equals:
+            raise _Failure(f"--option: found {each!r}, expected KEY=VALUE", 2)
+        if name in options:
+            raise _Failure(f"--option: {name} is given twice", 2)
+        options[name] = value
+    body = {"backend": backend, "options": options}
+    done = _change_cache("POST", "/cache/storage", body, keeper, url, key, timeout_s=70.0)
+    print(f"{backend} is attached to {_names(done)}")
+
+
+@cache.command("detach")
+def cache_detach(keeper: Keeper = "", url: Url = DEFAULT_URL, key: Key = "") -> None:
+    """Use no storage behind the host tier. What it has stays there."""
+    done = _change_cache("DELETE", "/cache/storage", None, keeper, url, key)
+    print(f"storage is detached from {_names(done)}")
+
+
+@cache.command("clear-storage")
+def cache_clear_storage(keeper: Keeper = "", url: Url = DEFAULT_URL, key: Key = "") -> None:
+    """Remove everything from the storage, for all that share it."""
+    done = _change_cache("POST", "/cache/storage/clear", None, keeper, url, key)
+    print(f"storage is being cleared by {_names(done)}")
+
+
+def _change_cache(
+    method: str,
+    path: str,
+    body: Any,
+    keeper: str,
+    url: str,
+    key: str,
+    timeout_s: float = 15.0,
+) -> list[dict[str, Any]]:
+    """The keepers' reports."""
+    from urllib.parse import quote
+
+    from pd.http_client import HttpError, send_json
+
+    query = f"?keeper={quote(keeper)}" if keeper else ""
+    try:
+        answer = send_json(method, f"{_base(url)}{path}{query}", body, key, timeout_s)
+    except HttpError as error:
+        raise _Failure(str(error)) from error
+    return list(answer["keepers"])
+
+
+def _names(reports: list[dict[str, Any]]) -> str:
+    return ", ".join(report["name"] for report in reports)
 
 
 # --------------------------------------------------------------------------------------------- chat
@@ -635,6 +755,47 @@ def bench_cache(
         print_cache_report(report, Console(width=width, soft_wrap=True))
     if report.interrupted:
         raise typer.Exit(130)
+
+
+@bench.command("multiturn")
+def bench_multiturn(
+    spec: Annotated[Path, typer.Argument(help="Its cluster is started for each set of tiers.")],
+    clients: Annotated[int, typer.Option(min=1, help="Conversations at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, help="That a turn adds.")] = 160,
+    output_tokens: Annotated[int, typer.Option(min=1, help="That a turn generates.")] = 16,
+    device_pages: Annotated[int, typer.Option(min=2, help="Of each replica's pool.")] = 160,
+    host_memory: Annotated[str, typer.Option(help="Of the host tier.")] = "256MiB",
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time conversations with the cache off, and with one, two and three tiers."""
+    from pd.bench.errors import BenchError
+    from pd.bench.multiturn import MultiturnOptions, print_multiturn, run_multiturn
+    from pd.bench.server import ServerError
+    from pd.http_client import HttpError
+    from pd.spec import SpecError
+
+    options = MultiturnOptions(
+        spec, clients, rounds, new_tokens, output_tokens, device_pages, host_memory, seed
+    )
+    console = _console(stderr=True)
+    try:
+        report = run_multiturn(
+            options,
+            console,
+            lambda tiers, number: console.print(f"{tiers}: round {number + 1}", highlight=False),
+        )
+    except SpecError as error:
+        raise _Failure(str(error), 2) from error
+    except (BenchError, ServerError, HttpError, ValueError) as error:
+        raise _Failure(str(error), 1) from error
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_multiturn(report, _console())
+    if not report["tokens_equal"]:
+        raise typer.Exit(1)
 
 
 # ------------------------------------------------------------------------------------------- replay

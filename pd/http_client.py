@@ -27,6 +27,12 @@ def get_json(url: str, key: str = "", timeout_s: float = 10.0) -> Any:
         return _parse(response.read(), url)
 
 
+def send_json(method: str, url: str, body: Any, key: str = "", timeout_s: float = 10.0) -> Any:
+    """`body` None: none is sent."""
+    with _open(url, body, key, timeout_s, method) as response:
+        return _parse(response.read(), url)
+
+
 def stream_json(url: str, body: Any, key: str = "", timeout_s: float = 600.0) -> Iterator[Any]:
     """POST `body` and yield each event's JSON until [DONE]; closing the generator hangs up.
 
@@ -48,14 +54,16 @@ def stream_json(url: str, body: Any, key: str = "", timeout_s: float = 600.0) ->
 
 
 @contextlib.contextmanager
-def _open(url: str, body: Any, key: str, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+def _open(
+    url: str, body: Any, key: str, timeout_s: float, method: str | None = None
+) -> Iterator[http.client.HTTPResponse]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     data = None
     if body is not None:
         data = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(url, data, headers)
+        request = urllib.request.Request(url, data, headers, method=method)
         here = urllib.parse.urlsplit(url).hostname in _LOOPBACK  # whatever proxy is set
         proxies = [urllib.request.ProxyHandler({})] if here else []
         with urllib.request.build_opener(*proxies).open(request, timeout=timeout_s) as response:

@@ -102,6 +102,14 @@ class RequestStats(msgspec.Struct, array_like=True):
     cached_tokens_storage: int = 0
     """... and of these, how many storage had brought there for this request."""
 
+    def cached_by_tier(self) -> dict[str, int]:
+        """Prompt tokens that were not computed, by the tier that had them: each counts once, though
+        both sides may have had it."""
+        total = max(self.cached_tokens_decode, self.cached_tokens_prefill)
+        below = min(self.cached_tokens_host, total)
+        storage = min(self.cached_tokens_storage, below)
+        return {"device": total - below, "host": below - storage, "storage": storage}
+
 
 class GroupPages(msgspec.Struct, frozen=True, array_like=True):
     """Target pages of one layer group: page i of the sequence goes to `pages[i - first_page]`."""

@@ -144,7 +144,7 @@ class Node:
         return msgspec.structs.replace(member, address=address)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run for the node's life; an exception ends the node."""
+        """Run, for the node's life at most; an exception ends the node."""
 
         async def guarded() -> None:
             try:
@@ -153,7 +153,9 @@ class Node:
                 log.exception("%s fails", self.name)
                 self.failure = f"{type(error).__name__}: {error}"
 
-        self._tasks.append(asyncio.get_running_loop().create_task(guarded()))
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
 
     async def stop(self) -> None:
         await self.shut_down()

@@ -48,6 +48,8 @@ from pd.spec import SpecError
 from transfer.transport import PeerError
 
 if TYPE_CHECKING:
+    from pd.engine.scheduler import Tracked
+    from pd.publishing import KvEvents
     from transfer.transport import WriteResult
 
 log = logging.getLogger("pagerelay")
@@ -63,6 +65,7 @@ class ReplicaNode(Node):
         """Peers' comings and goings that the leader has yet to hear of. Meanwhile it takes the name
         for another process than it is, so nothing is said to it or heard of it."""
         self._is_stopping = False
+        self._events: KvEvents | None = None
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
@@ -71,16 +74,30 @@ class ReplicaNode(Node):
         self._digester = ThreadPoolExecutor(1, "digests")
         member = await loop.run_in_executor(self._compute, self._load)
         self._mover.start()
+        if self.spec.cache.events.publish:
+            member.facts.update(self._publish_events())
         return member
+
+    def _publish_events(self) -> dict[str, str]:
+        """Raises SpecError."""
+        from pd.publishing import KvEvents, process_number
+
+        number = process_number(self.spec, self.name)
+        content_of = self._known_tokens.content_of
+        events = self.spec.cache.events
+        self._events = KvEvents(events, number, self.leader.index, "device", content_of)
+        return self._events.facts
 
     def _load(self) -> Member:
         import torch
         import transformers
 
         from hicache.index import PageIndex
+        from hicache.keys import root_hash
         from pd import cost
         from pd.engine.copier import Copier
         from pd.engine.model import LAYOUT_VERSION, ModelRunner, weights_digest
+        from pd.publishing import KnownTokens
         from transfer.backends import make_transport
         from transfer.mover import Mover
         from transfer.topology import Topology
@@ -118,9 +135,14 @@ class ReplicaNode(Node):
             spec.transfer.max_bytes_in_flight,
             page_bytes=[layout.page_bytes for layout in runner.layouts],
         )
-        cache = spec.cache
+        cache, feed = spec.cache, bool(spec.cache.events.publish)
         index = PageIndex(
-            runner.groups, num_pages, spec.page_tokens, reuse=cache.device, order=cache.eviction
+            runner.groups,
+            num_pages,
+            spec.page_tokens,
+            reuse=cache.device,
+            order=cache.eviction,
+            feed=feed,
         )
         topology = Topology(role.topology.tp, role.topology.pp, role.topology.cp)
         self.leader = Leader(
@@ -134,6 +156,7 @@ class ReplicaNode(Node):
             spec.transfer.timeout,
             spec.transfer.verify,
             cache,
+            *([self._stored] if feed else []),
         )
         compat = {
             "model weights": weights_digest(folder, spec.model),
@@ -149,6 +172,7 @@ class ReplicaNode(Node):
             "transformers version": transformers.__version__,
             "torch version": torch.__version__,
         }
+        self._known_tokens = KnownTokens(spec.page_tokens, root_hash(str(sorted(compat.items()))))
         facts = {
             "device": str(device),
             "pages": " + ".join(map(str, num_pages)),
@@ -169,12 +193,18 @@ class ReplicaNode(Node):
             topology=topology,
         )
 
+    def _stored(self, sequence: Tracked, begin: int, end: int) -> None:
+        self._known_tokens.stored(sequence, begin, end)
+
     def handle(self, event: Event) -> None:
         if self.failure or self._is_stopping:
             return
         try:
             for effect in self.leader.handle(event, time.monotonic()):
                 self._carry_out(effect)
+            if self._events is not None:
+                self._events.publish(time.time())
+                self._known_tokens.forget()
             self._mover.expect(self.leader.expects_writes)
         except Exception as error:  # a leader in doubt ends with its process
             self._fail(error)
@@ -316,6 +346,8 @@ class ReplicaNode(Node):
 
     async def shut_down(self) -> None:
         self._is_stopping = True
+        if self._events is not None:
+            await self._events.close()
         self._copier.close()
         for executor in (self._compute, self._digester):
             executor.shutdown(wait=False, cancel_futures=True)

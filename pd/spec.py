@@ -75,7 +75,15 @@ def _known_order(name: str) -> str:
     return name
 
 
+def _endpoint(value: str) -> str:
+    match = re.fullmatch(r"tcp://(\*|[\w.-]+|\[[0-9a-fA-F:.]+\]):(\*|\d{1,5})", value)
+    if value and not (match and (match[2] == "*" or int(match[2]) < 2**16)):
+        raise ValueError("expected tcp://HOST:PORT, with * or 0 for any free port, or nothing")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
 
@@ -236,6 +244,26 @@ class StorageCacheSpec(SpecModel):
     layers_per_object: int | None = Field(default=None, ge=1)
 
 
+class CacheEventsSpec(SpecModel):
+    """What enters and leaves the device and host tiers, told to routers as vLLM and SGLang do."""
+
+    publish: Endpoint = ""
+    """Such as tcp://127.0.0.1:5557; empty: no events. Each process binds an address of its own:
+    with port `*` or 0 any free one, else this port and its number, counted through the prefill
+    replicas, decode, both, and then the keepers, with `replicas.max` numbers for each role."""
+    replay: Endpoint = ""
+    """Likewise, for subscribers that missed some."""
+    topic: str = ""
+    buffer: int = Field(default=10_000, ge=1)
+    """Batches kept for replays, and the most that wait for each subscriber."""
+
+    @model_validator(mode="after")
+    def _published(self) -> CacheEventsSpec:
+        if self.replay and not self.publish:
+            raise ValueError("replay: expected publish beside it")
+        return self
+
+
 class CacheSpec(SpecModel):
     device: bool = True
     """Reuse pages of earlier requests with the same prefix."""
@@ -243,6 +271,7 @@ class CacheSpec(SpecModel):
     """Which pages go first, on the device and in the host tier."""
     host: HostCacheSpec | None = None
     storage: StorageCacheSpec | None = None
+    events: CacheEventsSpec = CacheEventsSpec()
 
     @model_validator(mode="after")
     def _tiers(self) -> CacheSpec:
@@ -250,6 +279,8 @@ class CacheSpec(SpecModel):
             raise ValueError("storage: expected host beside it, for pages come and go through it")
         if self.host is not None and not self.device:
             raise ValueError("host: expected device to be true")
+        if self.events.publish and not self.device:
+            raise ValueError("events: expected device to be true")
         return self
 
 

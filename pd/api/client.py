@@ -23,9 +23,11 @@ from dataclasses import dataclass
 import msgspec
 
 from hicache.keys import page_hashes, root_hash
+from pd.api.caches import Caches
 from pd.messages import (
     Abort,
     AnyMessage,
+    CacheAnswer,
     FinishReason,
     Generate,
     Heartbeat,
@@ -151,8 +153,8 @@ class EngineClient:
         self._fingerprint: str | None = None
         self._streams: dict[str, OutputStream] = {}
         self.router = router
-        self.keepers: dict[str, dict[str, float]] = {}
-        """Of the nodes' caches, and what each reported last."""
+        self.caches = Caches(send)
+        self.keepers = self.caches.keepers
         self.counters = ClientCounters()
 
     # ----------------------------------------------------------------------- what the node reports
@@ -181,6 +183,8 @@ class EngineClient:
                     self._on_output(sender, output)
             case Heartbeat() if sender in self.keepers:
                 self.keepers[sender] = message.cache
+            case CacheAnswer() if self.caches.answered(sender, message):
+                pass
             case Heartbeat():
                 role = self.router.role_of(sender)
                 if role is not None:

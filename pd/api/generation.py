@@ -183,16 +183,18 @@ class Generation:
         num_prompt = sum(choice.num_prompt_tokens for choice in first)
         num_completion = sum(choice.text.num_tokens for choice in self.choices)
         known = [choice.stream.stats for choice in first if choice.stream.stats is not None]
-        # Both sides may have the same tokens.
-        num_cached = sum(
-            max(stats.cached_tokens_decode, stats.cached_tokens_prefill) for stats in known
-        )
-        details = {"cached_tokens": min(num_cached, num_prompt)} if known else None
+        tiers = [stats.cached_by_tier() for stats in known]
+        num_cached = sum(sum(tokens.values()) for tokens in tiers)
+        details = {
+            "cached_tokens": min(num_cached, num_prompt),
+            "host_tokens": sum(tokens["host"] for tokens in tiers),
+            "storage_tokens": sum(tokens["storage"] for tokens in tiers),
+        }
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": details,
+            "prompt_tokens_details": details if known else None,
         }
 
     def _timings(self, choice: Choice) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Prometheus metrics of one API process: its requests, and its replicas' last load reports.
+"""Prometheus metrics of one API process: its requests, its replicas' last load reports, and the
+keepers' last figures.
 
 Histograms and counters are updated as requests end; per-replica series are read from the router
 when scraped, so a replica that is gone has none. Everything is in a registry of its own.
@@ -6,7 +7,8 @@ when scraped, so a replica that is gone has none. Everything is in a registry of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,8 +42,12 @@ _TOKEN_SECONDS = (0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1
 
 class ApiMetrics:
     def __init__(
-        self, replicas: Callable[[], list[ReplicaState]], in_flight: Callable[[], int]
+        self,
+        replicas: Callable[[], list[ReplicaState]],
+        in_flight: Callable[[], int],
+        keepers: Mapping[str, Mapping[str, float]],
     ) -> None:
+        """`keepers`: their figures by name; read when scraped."""
         self.registry = registry = CollectorRegistry()
         self._ttft = Histogram(
             "pagerelay_time_to_first_token_seconds",
@@ -79,6 +85,12 @@ class ApiMetrics:
             ["side"],
             registry=registry,
         )
+        self._cached_tokens_by_tier = Counter(
+            "pagerelay_cached_tokens_by_tier",
+            "Prompt tokens that were not computed, by the tier that had them; each counts once.",
+            ["tier"],
+            registry=registry,
+        )
         self._http_errors = Counter(
             "pagerelay_http_errors",
             "Answers with a 4xx or 5xx status.",
@@ -86,6 +98,7 @@ class ApiMetrics:
             registry=registry,
         )
         registry.register(_ReplicaCollector(replicas, in_flight))
+        registry.register(_KeeperCollector(keepers))
 
     def observe_request(
         self,
@@ -109,6 +122,8 @@ class ApiMetrics:
         if stats is not None:
             self._cached_tokens.labels("decode").inc(stats.cached_tokens_decode)
             self._cached_tokens.labels("prefill").inc(stats.cached_tokens_prefill)
+            for tier, tokens in stats.cached_by_tier().items():
+                self._cached_tokens_by_tier.labels(tier).inc(tokens)
 
     def observe_http_error(self, status: int) -> None:
         self._http_errors.labels(str(status)).inc()
@@ -128,12 +143,36 @@ _GAUGES: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
         "Pages of no request any more that a peer may still write to.",
         lambda load: sum(load.pages_quarantined),
     ),
+    "fetching_requests": (
+        "Requests that wait for pages from the host tier or from storage.",
+        lambda load: load.fetching,
+    ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "steps": ("Engine steps.", lambda load: load.steps),
     "prefill_tokens": ("Prompt tokens computed.", lambda load: load.prefill_tokens),
     "decode_tokens": ("Tokens decoded.", lambda load: load.decode_tokens),
     "cached_prompt_tokens": ("Prompt tokens found in the cache.", lambda load: load.cached_tokens),
+    "evicted_pages": (
+        "Device pages that made room, over all layer groups.",
+        lambda load: load.pages_evicted,
+    ),
+    "from_host_pages": ("Pages copied from the host tier.", lambda load: load.host_pages_in),
+    "from_host_bytes": ("Bytes copied from the host tier.", lambda load: load.host_bytes_in),
+    "from_host_seconds": (
+        "Sum of the durations of copies from the host tier.",
+        lambda load: load.host_seconds_in,
+    ),
+    "to_host_pages": ("Pages copied to the host tier.", lambda load: load.host_pages_out),
+    "to_host_bytes": ("Bytes copied to the host tier.", lambda load: load.host_bytes_out),
+    "to_host_seconds": (
+        "Sum of the durations of copies to the host tier.",
+        lambda load: load.host_seconds_out,
+    ),
+    "to_host_skipped_pages": (
+        "Pages not offered to the host tier, as too many were waiting to be copied.",
+        lambda load: load.host_pages_not_offered,
+    ),
     "preemptions": ("Requests put back because pages ran out.", lambda load: load.preemptions),
     "kv_transfer_bytes": ("KV bytes moved.", lambda load: load.kv_bytes),
     "kv_transfer_pages": ("KV pages moved.", lambda load: load.kv_pages),
@@ -196,6 +235,113 @@ class _ReplicaCollector(Collector):
                 for state, value in states.items():
                     pages.add_metric([replica.name, replica.role, str(group), state], value)
         yield pages
+
+
+_KEEPER_GAUGES = {
+    "open_exchanges": ("host_open_exchanges", "Replicas' searches and offers under way."),
+    "storage_queued_pages": ("storage_queued_pages", "Pages waiting to be written to storage."),
+    "storage_prefetches": ("storage_prefetches", "Reads ahead from storage under way."),
+    "storage_operations_in_flight": (
+        "storage_operations_in_flight",
+        "Operations that the storage has been given.",
+    ),
+    "storage_operations_hanging": (
+        "storage_operations_hanging",
+        "Operations past their deadline whose pages are still in use.",
+    ),
+    "storage_latency_s": ("storage_latency_seconds", "Of recent reads; 0: not known."),
+    "storage_read_bytes_per_s": ("storage_read_bytes_per_second", "Of recent reads."),
+    "storage_write_bytes_per_s": ("storage_write_bytes_per_second", "Of recent writes."),
+    "storage_breaker_open": (
+        "storage_breaker_open",
+        "1 while a storage that fails is left alone, or on trial.",
+    ),
+}
+_KEEPER_COUNTERS = {
+    "found_pages": ("host_found_pages", "Pages that replicas found in the host tier."),
+    "read_pages": ("host_read_pages", "Of those found, the ones that storage brought."),
+    "offered_pages": ("host_offered_pages", "Pages that replicas offered to the host tier."),
+    "copied_pages": ("host_copied_pages", "Pages that replicas copied to the host tier."),
+    "refused_pages": ("host_refused_pages", "Pages offered that there was no room for."),
+    "evicted_pages": (
+        "host_evicted_pages",
+        "Host pages that made room, over all layer groups.",
+    ),
+    "storage_pages_written": ("storage_written_pages", "Pages written to storage."),
+    "storage_bytes_written": ("storage_written_bytes", "Bytes written to storage."),
+    "storage_bytes_read": ("storage_read_bytes", "Bytes read from storage."),
+    "storage_pages_restored": (
+        "storage_prefetched_pages",
+        "Pages read from storage into the host tier.",
+    ),
+    "storage_pages_used": ("storage_prefetched_used_pages", "Of those, used by a request."),
+    "storage_pages_wasted": ("storage_prefetched_wasted_pages", "Of those, gone unused."),
+    "storage_hit_objects": ("storage_hit_objects", "Objects that storage had."),
+    "storage_missed_objects": ("storage_missed_objects", "Objects that storage did not have."),
+    "storage_corrupt_objects": ("storage_corrupt_objects", "Objects whose bytes were wrong."),
+    "storage_failed_objects": (
+        "storage_failed_objects",
+        "Objects that could not be written, read or looked for.",
+    ),
+    "storage_operations_given_up": (
+        "storage_given_up_operations",
+        "Operations that passed their deadline.",
+    ),
+    "storage_overflowed_pages": (
+        "storage_overflowed_pages",
+        "Pages not written, as too many were waiting.",
+    ),
+    "storage_abandoned_pages": (
+        "storage_abandoned_pages",
+        "Pages not written, as their storage failed or was detached.",
+    ),
+    "storage_prefetches_missed": ("storage_prefetches_missed", "Reads ahead that gained nothing."),
+    "storage_prefetches_judged_slow": (
+        "storage_prefetches_judged_slow",
+        "Reads ahead left out, as prefill was predicted to be faster.",
+    ),
+    "storage_breaker_times_opened": (
+        "storage_breaker_opened",
+        "Times that a storage that failed was left alone.",
+    ),
+}
+"""By the figure in a keeper's report: name and help."""
+
+
+class _KeeperCollector(Collector):
+    def __init__(self, keepers: Mapping[str, Mapping[str, float]]) -> None:
+        self._keepers = keepers
+
+    def collect(self) -> Iterable[Metric]:
+        keepers = list(self._keepers.items())
+        for kind, table in (
+            (GaugeMetricFamily, _KEEPER_GAUGES),
+            (CounterMetricFamily, _KEEPER_COUNTERS),
+        ):
+            for figure, (name, text) in table.items():
+                metric = kind(f"pagerelay_{name}", text, labels=["keeper"])
+                for keeper, figures in keepers:
+                    if figure in figures:  # those of a storage are missing where there is none
+                        metric.add_metric([keeper], figures[figure])
+                yield metric
+        pages = GaugeMetricFamily(
+            "pagerelay_host_pages",
+            "Pages of the host tier by layer group and state; the states add up to the tier.",
+            labels=["keeper", "group", "state"],
+        )
+        page_bytes = GaugeMetricFamily(
+            "pagerelay_host_page_bytes", "Of one page.", labels=["keeper", "group"]
+        )
+        for keeper, figures in keepers:
+            for group in itertools.count():
+                if f"group_{group}_page_bytes" not in figures:
+                    break
+                for state in ("free", "cached", "used"):
+                    value = figures[f"group_{group}_{state}_pages"]
+                    pages.add_metric([keeper, str(group), state], value)
+                page_bytes.add_metric([keeper, str(group)], figures[f"group_{group}_page_bytes"])
+        yield pages
+        yield page_bytes
 
 
 def pages_by_group(load: ReplicaLoad) -> list[dict[str, int]]:

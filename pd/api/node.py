@@ -88,13 +88,13 @@ class ApiNode(Node):
 
     def member_joined(self, member: Member) -> None:
         if member.role == "cache":
-            self._client.keepers[member.name] = {}
+            self._client.caches.keeper_up(member.name)
         elif member.role is not None:
             self._client.on_peer_up(member.name, member.role)
 
     def member_left(self, member: Member, reason: str) -> None:
         if member.role == "cache":
-            del self._client.keepers[member.name]
+            self._client.caches.keeper_down(member.name, reason)
         elif member.role is not None:
             self._client.on_peer_down(member.name, reason)
 

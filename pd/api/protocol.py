@@ -196,6 +196,16 @@ class DetokenizeRequest(RequestModel):
     tokens: TokenIds
 
 
+class ClearRequest(RequestModel):
+    tenant: str = ""
+    """Empty: all."""
+
+
+class AttachRequest(RequestModel):
+    backend: str = Field(min_length=1)
+    options: dict[str, str] = {}
+
+
 # ----------------------------------------------------------------- fields beyond the models above
 
 _IGNORED = frozenset(

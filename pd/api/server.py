@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions and chats, tokens, health, metrics, status.
+"""The HTTP API: OpenAI's completions and chats, tokens, health, metrics, status, caches.
 
 A request is read, checked and tokenized before any replica hears of it, and refused with a status
 as long as no byte was sent: also a stream's headers wait for its first output. Every error has
@@ -22,14 +22,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hicache.storage.backends import backend_names
+from pd.api.caches import Action, KeeperAnswer
 from pd.api.chat import ChatTemplate, ChatTemplateError
 from pd.api.client import EngineClient
 from pd.api.errors import ApiError, bad_request
 from pd.api.generation import Choice, ClientGone, Generation, error_event
 from pd.api.metrics import ApiMetrics, pages_by_group
 from pd.api.protocol import (
+    AttachRequest,
     ChatMessage,
     ChatRequest,
+    ClearRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
@@ -55,6 +59,20 @@ more."""
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for an answer that nobody reads."""
 
+_CACHE_LOAD = (
+    "cached_tokens",
+    "fetching",
+    "pages_evicted",
+    "host_pages_in",
+    "host_bytes_in",
+    "host_seconds_in",
+    "host_pages_out",
+    "host_bytes_out",
+    "host_seconds_out",
+    "host_pages_not_offered",
+)
+"""Fields of ReplicaLoad."""
+
 Result = TypeVar("Result")
 Asked = TypeVar("Asked", bound=RequestModel)
 
@@ -77,6 +95,11 @@ def create_app(
         ("/health", "GET", server.health),
         ("/metrics", "GET", server.render_metrics),
         ("/admin/status", "GET", server.status),
+        ("/cache", "GET", server.cache),
+        ("/cache/clear", "POST", server.clear_cache),
+        ("/cache/storage", "POST", server.attach_storage),
+        ("/cache/storage", "DELETE", server.detach_storage),
+        ("/cache/storage/clear", "POST", server.clear_storage),
     ):
         app.add_route(path, handler, methods=[method])
     app.add_exception_handler(ApiError, server.on_api_error)
@@ -99,7 +122,7 @@ class _Server:
         self._model = model
         self._template = ChatTemplate(tokenizer, spec.model.chat_template)
         self._vocabulary = Vocabulary(tokenizer)
-        self._metrics = ApiMetrics(client.replicas, lambda: client.router.in_flight)
+        self._metrics = ApiMetrics(client.replicas, lambda: client.router.in_flight, client.keepers)
         self._created = int(time.time())
 
     # ---------------------------------------------------------------------------------- generation
@@ -309,6 +332,82 @@ class _Server:
                 "replicas": replicas,
             }
         )
+
+    # -------------------------------------------------------------------------------------- caches
+
+    async def cache(self, request: Request) -> Response:
+        """All tiers: the keepers' reports, and the replicas' device tiers as last heard of."""
+        answers = await self._ask_keepers(request, "report")
+        keepers = [
+            each.report if each.report is not None else {"name": each.name, "error": each.error}
+            for each in answers
+        ]
+        replicas = [
+            {
+                "name": replica.name,
+                "role": replica.role,
+                "pages": [
+                    {"group": group, **states}
+                    for group, states in enumerate(pages_by_group(replica.load))
+                ],
+            }
+            | {name: getattr(replica.load, name) for name in _CACHE_LOAD}
+            for replica in self._client.replicas()
+        ]
+        return _json({"model": self._model.name, "keepers": keepers, "replicas": replicas})
+
+    async def clear_cache(self, request: Request) -> Response:
+        asked = await self._read(request, ClearRequest)
+        return await self._change_caches(request, "clear", tenant=asked.tenant)
+
+    async def attach_storage(self, request: Request) -> Response:
+        asked = await self._read(request, AttachRequest)
+        if asked.backend not in (known := backend_names()):
+            raise bad_request(
+                f"backend: expected one of {', '.join(known)}, got {asked.backend!r}", "backend"
+            )
+        return await self._change_caches(
+            request, "attach", backend=asked.backend, options=asked.options
+        )
+
+    async def detach_storage(self, request: Request) -> Response:
+        return await self._change_caches(request, "detach")
+
+    async def clear_storage(self, request: Request) -> Response:
+        return await self._change_caches(request, "clear_storage")
+
+    async def _change_caches(self, request: Request, action: Action, **options: Any) -> Response:
+        """Raises ApiError naming every keeper that did not do it, the others have: 409 where each
+        of those refused, else 503."""
+        answers = await self._ask_keepers(request, action, **options)
+        failed = [each for each in answers if each.error]
+        if failed:
+            text = "; ".join(f"{each.name}: {each.error}" for each in failed)
+            if all(each.is_refused for each in failed):
+                raise ApiError(409, text, code="cache_refused")
+            raise ApiError(503, text, code="cache_unavailable")
+        return _json({"keepers": [each.report for each in answers]})
+
+    async def _ask_keepers(
+        self, request: Request, action: Action, **options: Any
+    ) -> list[KeeperAnswer]:
+        """All of them, or the one that the query names."""
+        caches = self._client.caches
+        name = request.query_params.get("keeper", "")
+        if self._spec.cache.host is None:
+            raise ApiError(
+                404, "the spec has no cache.host: there is no host tier", code="no_cache"
+            )
+        if name and name not in caches.keepers:
+            raise ApiError(
+                404,
+                f"keeper: found {name!r}, there are {', '.join(sorted(caches.keepers)) or 'none'}",
+                code="not_found",
+                param="keeper",
+            )
+        if not caches.keepers and action != "report":
+            raise ApiError(503, "no keeper of a host tier is up", code="cache_unavailable")
+        return await caches.command(action, keeper=name, **options)
 
     # --------------------------------------------------------------------------- reading, refusing
 

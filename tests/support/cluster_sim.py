@@ -6,6 +6,10 @@ function of the whole prefix. Messages between two leaders are lost, repeated an
 other; those of the API keep their order. A write that fails leaves garbage behind, one that is
 stuck has no end until its link is broken. A replica that dies may start again under its name, with
 another incarnation; the others hear of it later, each at its time.
+
+Replicas may have a keeper on their node (cache_world.py): a process that dies as they do, with
+messages that fare like theirs. Copies between the tiers take random time; until its end the target
+of one is garbage, and its source is read at the end.
 """
 
 from __future__ import annotations
@@ -13,20 +17,24 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from cache_world import GARBAGE, SimKeeper
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
+from hicache.storage_io import Ended, PagesFreed
 from pd.engine.batch import StepCommand, StepResult
 from pd.events import (
     BreakLink,
     CancelWrite,
+    CopyPages,
     Digest,
     Digested,
     Event,
+    PagesCopied,
     PeerDown,
     PeerUp,
     Received,
@@ -40,7 +48,7 @@ from pd.events import (
 )
 from pd.leader import Leader
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
-from pd.spec import Role
+from pd.spec import CacheSpec, Role
 from transfer.layout import LayerGroup, PageLayout
 
 PAGE = 4
@@ -50,7 +58,6 @@ GROUPS = (
     LayerGroup("full", (0,), 1, 1),
     LayerGroup("sliding", (1,), 1, 1, window=10),
 )
-GARBAGE = -1
 _CHECK_EVERY = 5
 """Events; a check takes longer than an event."""
 
@@ -82,9 +89,22 @@ class SimReplica:
         local: int,
         verify: bool = False,
         groups: tuple[LayerGroup, ...] = GROUPS,
+        cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
+        token_seconds: float = 0.0,
     ) -> None:
+        """`token_seconds`: how long its steps say that a token takes; 0: they do not say."""
         num_pages = [pages for _ in groups]
-        self.arguments = (name, pages, max_batch_tokens, max_running, local, verify, groups)
+        self.arguments = (
+            name,
+            pages,
+            max_batch_tokens,
+            max_running,
+            local,
+            verify,
+            groups,
+            cache,
+            token_seconds,
+        )
         self.name = name
         self.role: Role = "prefill" if name.startswith("prefill") else "decode"
         self.alive = True
@@ -92,11 +112,19 @@ class SimReplica:
         self.index = PageIndex(groups, num_pages, PAGE)
         layouts = [PageLayout(group, PAGE, 4) for group in groups]
         self.leader = Leader(
-            name, self.index, layouts, max_batch_tokens, max_running, local, verify=verify
+            name,
+            self.index,
+            layouts,
+            max_batch_tokens,
+            max_running,
+            local,
+            verify=verify,
+            cache=cache,
         )
+        self.token_seconds = token_seconds
         self.frozen: list[Event] | None = None
         """While it hangs: what it will then find."""
-        self.peers: dict[str, SimReplica] = {}
+        self.peers: dict[str, SimReplica | SimKeeper] = {}
         """The incarnations that it knows of."""
         self.pools: list[list[list[int | None]]] = [
             [[None] * PAGE for _ in range(pages)] for _ in groups
@@ -135,7 +163,8 @@ class SimReplica:
                 if position + count == len(tokens):
                     tokens.append(token)
                 sampled.append(token)
-        return StepResult(sampled, [None] * len(sampled), 0.0)
+        seconds = self.token_seconds * len(command.tokens)
+        return StepResult(sampled, [None] * len(sampled), seconds)
 
 
 @dataclasses.dataclass
@@ -149,13 +178,21 @@ class Faults:
     stick_writes: float = 0.0
     corrupt_writes: float = 0.0
     """They end well, with wrong bytes."""
+    fail_copies: float = 0.0
 
 
 class Simulation:
-    def __init__(self, seed: int, replicas: list[SimReplica], faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        replicas: list[SimReplica],
+        faults: Faults | None = None,
+        keepers: Sequence[SimKeeper] = (),
+    ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.replicas = {replica.name: replica for replica in replicas}
+        self.keepers = {keeper.name: keeper for keeper in keepers}
         self.faults = faults or Faults()
         self.outputs: dict[str, list[Output]] = {}
         self.warnings: list[str] = []
@@ -167,6 +204,10 @@ class Simulation:
         """In flight, by writer and id: and the incarnation written to."""
         for replica in replicas:
             self._introduce(replica)
+        for keeper in keepers:
+            self._start(keeper)
+            for name in keeper.replicas:
+                self._hear_of(keeper, name)
 
     def _introduce(self, replica: SimReplica) -> None:
         """Tell a new replica of all others."""
@@ -174,10 +215,26 @@ class Simulation:
             if other is not replica and other.alive:
                 self._know(replica, other)
         self.deliver(replica, PeerUp("api"))
+        for keeper in self.keepers.values():
+            if replica.name in keeper.replicas and keeper.alive:
+                self._know(replica, keeper)
 
-    def _know(self, replica: SimReplica, other: SimReplica) -> None:
-        replica.peers[other.name] = other
-        self.deliver(replica, PeerUp(other.name, other.role))
+    def _start(self, keeper: SimKeeper) -> None:
+        def ended(event: Ended | PagesFreed) -> None:
+            assert keeper.tier is not None
+            if keeper.alive:
+                keeper.tier.handle(event, self.now)
+                self._after_keeper(keeper)
+
+        keeper.start(self.random, self.after, ended)
+
+    def _know(self, node: SimReplica | SimKeeper, other: SimReplica | SimKeeper) -> None:
+        node.peers[other.name] = other
+        if isinstance(node, SimKeeper):
+            node.keeper.client_up(other.name)
+        else:
+            role = "cache" if isinstance(other, SimKeeper) else other.role
+            self.deliver(node, PeerUp(other.name, role))
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         self._tie += 1
@@ -197,7 +254,14 @@ class Simulation:
     def _tick_all(self) -> None:
         for replica in self.replicas.values():
             self.deliver(replica, Tick())
+        for keeper in self.keepers.values():
+            if keeper.alive:
+                if keeper.tier is not None:
+                    keeper.tier.tick(self.now)
+                keeper.keeper.tick(self.now)
+                self._after_keeper(keeper)
         busy = any(r.alive and not r.leader.is_idle for r in self.replicas.values())
+        busy |= any(keeper.alive and not keeper.is_idle for keeper in self.keepers.values())
         if self._queue or busy:
             self.at(self.now + 1.0, self._tick_all)
 
@@ -243,17 +307,34 @@ class Simulation:
 
     # ---------------------------------------------------------------------------------- the machine
 
-    def _send(self, sender: SimReplica, to: str, message: Any) -> None:
+    def _send(self, sender: SimReplica | SimKeeper, to: str, message: Any) -> None:
         target = sender.peers[to]
         if self.random.random() < self.faults.lose_messages:
             return
         for _ in range(2 if self.random.random() < self.faults.repeat_messages else 1):
             self.after(3, lambda: self._arrive(sender, target, message))
 
-    def _arrive(self, sender: SimReplica, target: SimReplica, message: Any) -> None:
+    def _arrive(
+        self, sender: SimReplica | SimKeeper, target: SimReplica | SimKeeper, message: Any
+    ) -> None:
         # What a node drops: another incarnation than the one that it knows, or is.
-        if target.peers.get(sender.name) is sender:
+        if target.peers.get(sender.name) is not sender or not target.alive:
+            return
+        if isinstance(target, SimKeeper):
+            target.keeper.receive(sender.name, message, self.now)
+            self._after_keeper(target)
+        else:
             self.deliver(target, Received(sender.name, message))
+
+    def _after_keeper(self, keeper: SimKeeper) -> None:
+        """Carry out what it has asked for."""
+        keeper.run_effects()
+        outbox, keeper.outbox = keeper.outbox, []
+        for to, message in outbox:
+            self._send(keeper, to, message)
+        self._num_events += 1
+        if self._num_events % _CHECK_EVERY == 0:
+            keeper.check_integrity()
 
     def deliver(self, replica: SimReplica, event: Event) -> None:
         if not replica.alive:
@@ -281,6 +362,8 @@ class Simulation:
                             self._end_write(replica, write_id, "the link was broken")
                 case Digest():
                     self.after(2, lambda d=effect: self._digest(replica, d))
+                case CopyPages():
+                    self._copy(replica, effect)
                 case Warn(text):
                     self.warnings.append(text)
         self._num_events += 1
@@ -332,6 +415,39 @@ class Simulation:
         written = Written(write_id, error, 1, len(write.source_pages), 0.1)
         self.after(2, lambda: self.deliver(replica, written))
 
+    def _copy(self, replica: SimReplica, copy: CopyPages) -> None:
+        # It has the memory mapped that the keeper had when this began.
+        (keeper,) = (peer for peer in replica.peers.values() if isinstance(peer, SimKeeper))
+        pools = keeper.pools if copy.to_host else replica.pools
+        targets = copy.host_pages if copy.to_host else copy.device_pages
+        for pool, pages in zip(pools, targets, strict=True):
+            for page in pages.tolist():
+                pool[page] = [GARBAGE] * PAGE
+        self.after(10, lambda: self._end_copy(replica, keeper, copy))
+
+    def _end_copy(self, replica: SimReplica, keeper: SimKeeper, copy: CopyPages) -> None:
+        if not replica.alive:
+            return
+        fails = self.random.random() < self.faults.fail_copies
+        num_pages = 0
+        for group, (device, host) in enumerate(zip(replica.pools, keeper.pools, strict=True)):
+            pages, host_pages = copy.device_pages[group].tolist(), copy.host_pages[group].tolist()
+            num_pages += len(pages)
+            assert {*pages} <= replica.index.references(group).keys(), "copies a released page"
+            if keeper.alive:
+                assert {*host_pages} <= keeper.index.references(group).keys(), "... host page"
+            for page, host_page in zip(pages, host_pages, strict=True):
+                if fails and self.random.random() < 0.5:
+                    continue
+                if copy.to_host:
+                    assert GARBAGE not in device[page]
+                    assert None not in device[page]
+                    host[host_page] = list(device[page])
+                else:
+                    device[page] = list(host[host_page])
+        error = "it failed" if fails else None
+        self.deliver(replica, PagesCopied(copy.copy_id, error, num_pages, 0.1))
+
     def freeze(self, name: str) -> None:
         """It hangs, while its writes go on."""
         self.replicas[name].frozen = []
@@ -353,15 +469,43 @@ class Simulation:
         for other in self.replicas.values():
             if other.name != name:
                 self.after(30, lambda o=other: self._hear_of(o, name))
+        for keeper in self.keepers.values():
+            if name in keeper.replicas:
+                self.after(30, lambda k=keeper: self._hear_of(k, name))
 
-    def _hear_of(self, replica: SimReplica, name: str) -> None:
+    def kill_keeper(self, name: str, restart: bool = True) -> None:
+        """The process ends; copies go on, for its memory stays mapped. A new one comes up empty."""
+        dead = self.keepers[name]
+        dead.alive = False
+        if restart:
+            self.keepers[name] = SimKeeper(*dead.arguments)
+            self._start(self.keepers[name])
+        for replica in dead.replicas:
+            self.after(30, lambda r=replica: self._hear_of(self.replicas[r], name))
+            if restart:
+                self.after(30, lambda r=replica: self._hear_of(self.keepers[name], r))
+
+    def detach(self, name: str) -> None:
+        """The keeper does without storage from now on."""
+        keeper = self.keepers[name]
+        if keeper.alive:
+            keeper.keeper.detach(self.now)
+            self._after_keeper(keeper)
+
+    def _hear_of(self, node: SimReplica | SimKeeper, name: str) -> None:
         """What became of `name`, as it is now."""
-        known, current = replica.peers.get(name), self.replicas[name]
+        if not node.alive:
+            return
+        known = node.peers.get(name)
+        current = self.replicas[name] if name in self.replicas else self.keepers[name]
         if known is not None and not known.alive:
-            del replica.peers[name]
-            self.deliver(replica, PeerDown(name, "killed"))
+            del node.peers[name]
+            if isinstance(node, SimKeeper):
+                node.keeper.client_down(name, self.now)
+            else:
+                self.deliver(node, PeerDown(name, "killed"))
         if current.alive and current is not known:
-            self._know(replica, current)
+            self._know(node, current)
 
     # -------------------------------------------------------------------------------------- results
 

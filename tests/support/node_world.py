@@ -105,5 +105,3 @@ async def collect(client: ClientNode, prompt: list[int], params: SamplingParams)
 
 def tokens_of(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
-
-

@@ -128,8 +128,65 @@ STATUS = {
 }
 
 
+STORAGE = {
+    "backend": "file",
+    "objects": 1200,
+    "object_bytes": 5 << 20,
+    "limit_bytes": 1 << 30,
+    "pages_written": 1300,
+    "bytes_written": 6 << 20,
+    "pages_restored": 40,
+    "bytes_read": 3 << 10,
+    "pages_used": 30,
+    "pages_wasted": 10,
+    "queued_pages": 2,
+    "hit_objects": 41,
+    "missed_objects": 42,
+    "corrupt_objects": 43,
+    "failed_objects": 44,
+    "breaker": "open",
+}
+CACHE: dict[str, Any] = {
+    "model": "tiny",
+    "replicas": [
+        {
+            "name": "prefill-0",
+            "role": "prefill",
+            "pages": [{"group": 0, "free": 10, "cached": 4, "used": 6}],
+            "pages_evicted": 77,
+            "host_pages_in": 1,
+            "host_bytes_in": 1 << 10,
+            "host_seconds_in": 0.0,
+            "host_pages_out": 2,
+            "host_bytes_out": 2 << 10,
+            "host_seconds_out": 0.5,
+        }
+    ],
+    "keepers": [
+        {
+            "name": "cache-0",
+            "groups": [{"kind": "full", "page_bytes": 1 << 20, "free": 5, "cached": 3, "used": 0}],
+            "found_pages": 11,
+            "read_pages": 12,
+            "offered_pages": 13,
+            "copied_pages": 14,
+            "refused_pages": 15,
+            "evicted_pages": 16,
+            "storage": STORAGE,
+            "tenants": {"ann": 17, "": 18},
+            "top_prefixes": [
+                {"hash": "00ff", "first_page": 0, "pages": 9, "matches": 8, "tenant": "ann"}
+            ],
+        },
+        {"name": "cache-1", "error": "no answer for 10 s"},
+    ],
+}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     bodies: ClassVar[list[dict[str, Any]]] = []
+    changes: ClassVar[list[tuple[str, str]]] = []
+    refusal: ClassVar[str] = ""
     fail_in_stream: ClassVar[bool] = False
 
     def log_message(self, *_: Any) -> None:
@@ -144,24 +201,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.headers.get("Authorization") != "Bearer key":
             self._send(401, b'{"error": {"message": "the API key is not known"}}')
+        elif self.path == "/cache":
+            self._send(200, json.dumps(CACHE).encode())
         elif self.path == "/admin/status":
             self._send(200, json.dumps(STATUS).encode())
         else:
             self._send(200, b'{"data": [{"id": "tiny"}]}')
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
         self.bodies.append(body)
+        if self.path.startswith("/cache"):
+            self.do_DELETE()
+            return
         events: list[Any] = [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")]
         if self.fail_in_stream:
             events[1] = {"error": {"message": "rank died"}}
         data = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         self._send(200, (data + "data: [DONE]\n\n").encode())
 
+    def do_DELETE(self) -> None:
+        self.changes.append((self.command, self.path))
+        if self.refusal:
+            self._send(409, json.dumps({"error": {"message": self.refusal}}).encode())
+        else:
+            self._send(200, b'{"keepers": [{"name": "cache-0"}, {"name": "cache-1"}]}')
+
 
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Handler, "bodies", [])
+    monkeypatch.setattr(Handler, "changes", [])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -179,13 +249,92 @@ def test_status(run: Run, url: str) -> None:
     assert json.loads(out) == STATUS
 
 
+def test_cache(run: Run, url: str) -> None:
+    code, out, err = run("cache", "--url", url, "--key", "key")
+    assert (code, err) == (0, "")
+    for text in (
+        "20.0 MiB",
+        "8.0 MiB",
+        "5.0 MiB of 1.0 GiB",
+        "1,200 objects:",
+        "16 evicted",
+        "43 corrupt",
+        "ann 17 pages",
+        "00ff",
+        "cache-1: no answer for 10 s",
+        "left alone",
+    ):
+        assert text.replace(".0 ", " ") in out, text
+    code, out, _ = run("cache", "--url", f"{url}/v1", "--key", "key", "--json")
+    assert json.loads(out) == CACHE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_line", "body", "printed"),
+    [
+        (["clear"], ("POST", "/cache/clear"), {"tenant": ""}, "the host tier is cleared"),
+        (["clear", "--tenant", "ann"], ("POST", "/cache/clear"), {"tenant": "ann"}, "ann"),
+        (
+            ["attach", "file", "--option", "path=/a=b", "--option", "limit=1GiB"],
+            ("POST", "/cache/storage"),
+            {"backend": "file", "options": {"path": "/a=b", "limit": "1GiB"}},
+            "file is attached",
+        ),
+        (["detach"], ("DELETE", "/cache/storage"), None, "detached"),
+        (
+            ["clear-storage", "--keeper", "cache 0"],
+            ("POST", "/cache/storage/clear?keeper=cache%200"),
+            None,
+            "cleared",
+        ),
+    ],
+)
+def test_cache_commands(
+    run: Run,
+    url: str,
+    arguments: list[str],
+    request_line: tuple[str, str],
+    body: Any,
+    printed: str,
+) -> None:
+    code, out, err = run("cache", *arguments, "--url", url, "--key", "key")
+    assert (code, err) == (0, "")
+    assert printed in out
+    assert "cache-0, cache-1" in out
+    assert Handler.changes == [request_line]
+    assert Handler.bodies == ([] if request_line[0] == "DELETE" else [body])
+
+
+def test_a_refused_cache_command(run: Run, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "refusal", "cache-0: no storage is attached")
+    code, out, err = run("cache", "detach", "--url", url)
+    assert (code, out) == (1, "")
+    assert err == f"pd: {url}/cache/storage: 409: cache-0: no storage is attached\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attach", "file", "--option", "path"], "--option: found 'path', expected KEY=VALUE"),
+        (["attach", "file", "--option", "a=1", "--option", "a=2"], "--option: a is given twice"),
+        (["--url", "http://there", "clear"], "--url: expected after clear"),
+        (["--json", "detach"], "--json: expected after detach"),
+    ],
+)
+def test_wrong_cache_arguments(run: Run, arguments: list[str], message: str) -> None:
+    code, out, err = run("cache", *arguments)
+    assert (code, out, err) == (2, "", f"pd: {message}\n")
+
+
 def test_status_with_a_wrong_key(run: Run, url: str) -> None:
     code, out, err = run("status", "--url", url, "--key", "other")
     assert (code, out) == (1, "")
     assert err == f"pd: {url}/admin/status: 401: the API key is not known\n"
 
 
-@pytest.mark.parametrize("command", [["status"], ["chat"], ["bench", "serve"]])
+@pytest.mark.parametrize(
+    "command", [["status"], ["chat"], ["bench", "serve"], ["cache"], ["cache", "detach"]]
+)
 def test_no_server(run: Run, command: list[str]) -> None:
     code, _, err = run(*command, "--url", "http://127.0.0.1:1")
     assert code == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hicache.policy import order_names
 from pd.spec import ClusterSpec, SpecError, load_spec, parse_bytes, parse_spec
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
@@ -182,6 +183,51 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
         spec(more="cache: {device: 'yes'}"),
         [("cache.device", "found 'yes'", "true or false")],
     ),
+    "eviction order": (
+        spec(more="cache: {eviction: fifo}"),
+        [("cache.eviction", "found 'fifo'", "lru, lfu, slru, s3fifo, cost")],
+    ),
+    "storage backend": (
+        spec(more="cache: {host: {memory: 64MiB}, storage: {backend: tape}}"),
+        [("cache.storage.backend", "found 'tape'", "file, mooncake, nixl, memory")],
+    ),
+    "storage without host": (
+        spec(more="cache: {storage: {backend: file}}"),
+        [("cache", "storage: expected host beside it")],
+    ),
+    "host without device": (
+        spec(more="cache: {device: false, host: {memory: 64MiB}}"),
+        [("cache", "host: expected device to be true")],
+    ),
+    "host memory": (
+        spec(more="cache: {host: {memory: plenty}}"),
+        [("cache.host.memory", "found 'plenty'", "512MiB")],
+    ),
+    "host of no size": (spec(more="cache: {host: {}}"), [("cache.host.memory", "missing")]),
+    "write policy": (
+        spec(more="cache: {host: {memory: 1GiB, write: later}}"),
+        [("cache.host.write", "found 'later'", "'write_through'", "'write_back'")],
+    ),
+    "events at a path": (
+        spec(more="cache: {events: {publish: /tmp/events}}"),
+        [("cache.events.publish", "found '/tmp/events'", "tcp://HOST:PORT")],
+    ),
+    "events at no port": (
+        spec(more="cache: {events: {publish: 'tcp://127.0.0.1:70000'}}"),
+        [("cache.events.publish", "tcp://HOST:PORT")],
+    ),
+    "replay without events": (
+        spec(more="cache: {events: {replay: 'tcp://*:0'}}"),
+        [("cache.events", "replay: expected publish beside it")],
+    ),
+    "events without device": (
+        spec(more="cache: {device: false, events: {publish: 'tcp://*:0'}}"),
+        [("cache", "events: expected device to be true")],
+    ),
+    "events of no buffer": (
+        spec(more="cache: {events: {buffer: 0}}"),
+        [("cache.events.buffer", "found 0", "at least 1")],
+    ),
     "port": (spec(more="api: {port: 70000}"), [("api.port", "found 70000", "at most 65535")]),
     "keys as text": (spec(more="api: {keys: secret}"), [("api.keys", "found 'secret'", "a list")]),
     "key is a number": (spec(more="api: {keys: [a, 3]}"), [("api.keys[1]", "found 3", "a string")]),
@@ -244,6 +290,22 @@ def test_good_spec() -> None:
     assert (result.roles.prefill.replicas.min, result.roles.prefill.replicas.max) == (2, 2)
     assert (result.roles.decode.replicas.min, result.roles.decode.replicas.max) == (1, 3)
     assert [role for role, _ in result.roles.items()] == ["prefill", "decode"]
+
+
+def test_cache_tiers() -> None:
+    assert parse_spec(spec(), "x").cache.host is None
+    host = "host: {memory: '64MiB', write: write_back}"
+    storage = "storage: {backend: file, options: {path: /kv}}"
+    events = "events: {publish: 'tcp://[::1]:*', replay: 'tcp://*:5558', topic: kv}"
+    cache = parse_spec(spec(more=f"cache: {{{host}, {storage}, {events}}}"), "x").cache
+    assert cache.host is not None
+    assert cache.host.memory == 64 << 20
+    assert cache.storage is not None
+    assert cache.storage.prefetch == "timeout"
+    assert (cache.events.publish, cache.events.buffer) == ("tcp://[::1]:*", 10_000)
+    for order in order_names():
+        text = spec(more=f"cache: {{eviction: {order}}}")
+        assert parse_spec(text, "x").cache.eviction == order
 
 
 def test_whole_numbers_are_numbers() -> None:
