@@ -44,7 +44,8 @@ class Copier:
     def submit(self, copy: CopyPages) -> Future[PagesCopied]:
         """The result says whether it succeeded; only a defect raises."""
         executor = self._to_host if copy.to_host else self._to_device
-        return executor.submit(self._copy, copy)
+        # The pools of now: a copy that waits must not go to those of the next keeper.
+        return executor.submit(self._copy, copy, self._host)
 
     def close(self) -> None:
         for executor in (self._to_host, self._to_device):
@@ -66,9 +67,9 @@ class Copier:
         if before is not None and self._streams:
             self._to_host.submit(_unpin, before)  # after the copies that use it
 
-    def _copy(self, copy: CopyPages) -> PagesCopied:
+    def _copy(self, copy: CopyPages, host: HostPools | None) -> PagesCopied:
         begin = time.perf_counter()
-        host, error, moved = self._host, None, 0
+        error, moved = None, 0
         if host is None:
             error = "the host tier is not mapped"
         elif any(
