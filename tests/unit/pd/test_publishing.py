@@ -120,7 +120,11 @@ def test_a_subscriber_hears_what_enters_and_leaves() -> None:
         events.publish(3.5)
         index.clear()
         events.publish(4.0)
-        heard = [await receive() for _ in range(3)]
+        heard = [await receive()]
+        if heard[0].ts == 1.5:  # the subscription was faster than expected
+            heard.clear()
+        while len(heard) < 3:
+            heard.append(await receive())
         assert [(batch.ts, batch.events) for batch in heard] == [
             (2.0, [ReaderStored(hashes[2:4], hashes[1], PROMPT[4:8], PAGE_TOKENS, None, "GPU")]),
             (3.0, [ReaderStored(hashes[4:], hashes[3], [], PAGE_TOKENS, None, "GPU")]),
