@@ -62,7 +62,8 @@ class Prefetch:
         num_groups: int,
     ) -> None:
         self.num_pages = begin
-        """Leading pages of the request that the host tier could match when this last changed."""
+        """Leading pages of the request that the host tier could match when this last changed: a
+        lower bound, exact when it is done."""
         self.target = begin
         """What `num_pages` will be if all goes well, once storage has said what it has."""
         self.is_done = False
@@ -102,8 +103,6 @@ class _Batch:
     owner: Prefetch
     epoch: int
     pages: list[int]
-    read: list[int]
-    """By page, bits of the groups that are read."""
     slots: list[dict[int, int]]
     """By group, then by page."""
     failed: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -235,12 +234,15 @@ class Prefetcher:
         slots = self._index.resident(prefetch._hashes, begin)
         asked: list[tuple[int, int]] = []
         keys: list[str] = []
+        present = [0] * len(prefetch._present)
         for g, of_group in enumerate(slots):
             pages = [
                 page
                 for page in range(begin, len(prefetch._hashes))
                 if page - begin >= len(of_group) or of_group[page - begin] < 0
             ]
+            for page in pages:
+                present[page - begin] |= 1 << g
             wanted = [prefetch._hashes[page] for page in pages]
             for cell in range(len(self._grid.cells(g))):
                 asked += [(page, g) for page in pages]
@@ -249,16 +251,13 @@ class Prefetcher:
 
         def then(outcomes: tuple[Outcome, ...], now: float) -> None:
             prefetch._exists_id = None
-            missing: dict[int, int] = collections.defaultdict(int)
-            unsure: dict[int, int] = collections.defaultdict(int)
+            missing: dict[int, int] = {}
             for (page, group), outcome in zip(asked, outcomes, strict=True):
-                prefetch._present[page - begin] |= 1 << group
-                if outcome is Outcome.MISS:
-                    missing[page] |= 1 << group
-                elif outcome is not Outcome.PRESENT:
-                    unsure[page] |= 1 << group
-            for page in range(begin, len(prefetch._hashes)):
-                prefetch._present[page - begin] &= ~(missing[page] | unsure[page])
+                if outcome is not Outcome.PRESENT:
+                    present[page - begin] &= ~(1 << group)
+                    if outcome is Outcome.MISS:
+                        missing[page] = missing.get(page, 0) | 1 << group
+            prefetch._present = present
             if epoch == self._hints.epoch:
                 self._learn(prefetch, missing, now)
             if not prefetch.is_done:
@@ -273,14 +272,15 @@ class Prefetcher:
     def _learn(self, prefetch: Prefetch, missing: dict[int, int], now: float) -> None:
         """What the answer says about pages that storage has, or has not."""
         hashes, full = prefetch._hashes, self._hints.full_groups
-        for page in range(prefetch._begin, len(hashes)):
-            self._learn_missing(prefetch, page, missing[page], now)
+        gone = [page for page, groups in missing.items() if groups & full]
+        end = min(gone, default=len(hashes))
+        for page, groups in missing.items():
+            if page <= end:
+                self._learn_missing(prefetch, page, groups, now)
+        for page in gone:
+            self._hints.add_absent(hashes[page], now)
+        for page in range(prefetch._begin, end):
             self._hints.add_stored(hashes[page], prefetch._present[page - prefetch._begin])
-            if missing[page] & full:
-                for later in range(page + 1, len(hashes)):
-                    if missing[later] & full:
-                        self._hints.add_absent(hashes[later], now)
-                return
 
     def _learn_missing(self, prefetch: Prefetch, page: int, groups: int, now: float) -> None:
         hashes = prefetch._hashes
@@ -319,8 +319,7 @@ class Prefetcher:
                 prefetch._limit = min(prefetch._limit, prefetch._begin + self._limits.probe_pages)
                 self._plan(prefetch, now)
                 return
-        windows = [self._first_needed(g, prefetch.target) for g in self._sliding]
-        prefetch._next = min([prefetch.num_pages, *windows])
+        prefetch._next = prefetch.num_pages
         self._keep(prefetch, prefetch._kept)
         prefetch._reserved = counts
         prefetch._unread_bytes = num_bytes
@@ -328,34 +327,40 @@ class Prefetcher:
     def _longest(self, prefetch: Prefetch) -> tuple[int, list[int]]:
         """(pages of the longest prefix that can be restored and has room, pages of each group to
         read for it); what can be matched already, and zeros, if that is all."""
-        begin, hashes = prefetch._begin, prefetch._hashes
-        best, counts = prefetch.num_pages, [0] * len(self._groups)
-        first = min(self._first_needed(g, begin + 1) for g in self._sliding) if self._sliding else 0
-        first = min(first, begin) if self._sliding else begin
-        slots = self._index.resident(hashes[: prefetch._limit], first)
-        room = [self._room(g) for g in range(len(self._groups))]
-        lacking = [[0] for _ in self._groups]
-        """By group, how many of pages `first` up to each are to be read."""
-        since = [first] * len(self._groups)
-        """By group, all pages from here on are there or can be read."""
-        for page in range(first, prefetch._limit):
-            place = page - first
-            present = prefetch._present[page - begin] if page >= begin else 0
-            for g, of_group in enumerate(slots):
-                is_lacking = place >= len(of_group) or of_group[place] < 0
-                lacking[g].append(lacking[g][-1] + is_lacking)
-                if is_lacking and not present >> g & 1:
-                    since[g] = page + 1
-            if any(since[g] > begin for g in self._full):
-                break
-            if page < best:
-                continue
-            needed = [max(self._first_needed(g, page + 1), first) for g in range(len(slots))]
-            read = [lacking[g][-1] - lacking[g][needed[g] - first] for g in range(len(slots))]
-            if any(read[g] > room[g] for g in self._full):
-                break
-            if all(since[g] <= needed[g] and read[g] <= room[g] for g in self._sliding):
-                best, counts = page + 1, read
+        begin, present, full = prefetch._begin, prefetch._present, self._hints.full_groups
+        first = min([begin, *(self._first_needed(g, begin + 1) for g in self._sliding)])
+        slots = self._index.resident(prefetch._hashes[: prefetch._limit], first)
+        resident = first + len(slots[0])
+        best = max(begin, min(resident, prefetch._limit))
+        while best < prefetch._limit and present[best - begin] & full == full:
+            best += 1
+        for g in self._full:
+            best = min(best, resident + self._room(g))
+
+        def is_there(g: int, page: int) -> bool:
+            if page < resident and slots[g][page - first] >= 0:
+                return True
+            return page >= begin and present[page - begin] >> g & 1 == 1
+
+        checked = [best] * len(self._groups)
+        """By group, the first of the pages before `best` that are known to be there."""
+        windows = list(self._sliding)
+        while windows and best > prefetch.num_pages:
+            g = windows.pop()
+            page, needed = min(checked[g], best), max(first, self._first_needed(g, best))
+            while page > needed and is_there(g, page - 1):
+                page -= 1
+            checked[g] = page
+            if page > needed:
+                # Every longer prefix that starts at or before this page needs it too.
+                best = page - 1
+                windows = list(self._sliding)
+        counts = [max(0, best - max(resident, begin))] * len(self._groups)
+        for g in self._sliding:
+            pages = range(max(first, self._first_needed(g, best)), best)
+            counts[g] = sum(page >= resident or slots[g][page - first] < 0 for page in pages)
+        if best <= prefetch.num_pages or any(counts[g] > self._room(g) for g in self._sliding):
+            return prefetch.num_pages, [0] * len(self._groups)
         return best, counts
 
     def _first_needed(self, group: int, num_pages: int) -> int:
@@ -409,7 +414,7 @@ class Prefetcher:
             self._cut(prefetch, first, now)
             return True
         pages = [page for page, _ in wanted]
-        batch = _Batch(prefetch, self._hints.epoch, pages, [groups for _, groups in wanted], slots)
+        batch = _Batch(prefetch, self._hints.epoch, pages, slots)
         prefetch._batches.append(batch)
         prefetch._next = pages[-1] + 1
         prefetch._unread_bytes = max(0, prefetch._unread_bytes - self._num_bytes(wanted))
@@ -507,7 +512,7 @@ class Prefetcher:
             batch = prefetch._batches.popleft()
             good = 0
             for page in batch.pages:
-                if page in batch.failed or page >= prefetch._limit:
+                if page in batch.failed:
                     break
                 good += 1
             inserted = self._insert(prefetch, batch, good)
@@ -532,10 +537,10 @@ class Prefetcher:
         found = first + len(self._index.resident(hashes[:end], first)[0])
         inserted = sum(page < found for page in batch.pages[:count])
         self._keep(prefetch, first)
-        prefetch.num_pages = max(self._index.match(hashes), prefetch.num_pages)
-        for page, groups in zip(batch.pages[:inserted], batch.read, strict=False):
-            if batch.epoch == self._hints.epoch:
-                self._hints.add_stored(hashes[page], groups)
+        # Without another page of a sliding group, the match that is new is rarely one.
+        if not self._sliding or any(batch.slots[g] for g in self._sliding):
+            prefetch.num_pages = max(self._index.match(hashes), prefetch.num_pages)
+        for page in batch.pages[:inserted]:
             self._count_unused(hashes[page])
         return inserted
 

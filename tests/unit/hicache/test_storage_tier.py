@@ -365,6 +365,8 @@ def test_a_window_may_be_there_already_or_make_the_prefix_shorter():
     world.put_objects(hashes)
     world.forget(hashes[4:5], [1])
     prefetch = world.prefetch(hashes)
+    end_all(world, Exists)
+    assert prefetch.target == 4
     world.settle()
     assert prefetch.num_pages == 4
     assert world.index.resident(hashes)[1][:2] == [-1, -1]
@@ -375,6 +377,20 @@ def test_a_window_may_be_there_already_or_make_the_prefix_shorter():
     assert get_pages(world) == [(0, [4]), (1, [4])]  # the window's other page is there
     world.settle()
     assert prefetch.num_pages == 5
+
+
+@pytest.mark.parametrize("groups", [(FULL, sliding(4)), (FULL, sliding(2), sliding(4, layer=3))])
+def test_a_shorter_prefix_needs_its_own_window(groups):
+    world = make(groups)
+    hashes = world.add_chain("abcdef")
+    world.put_objects(hashes)
+    for page in (2, 4):
+        world.forget(hashes[page : page + 1], [len(groups) - 1])
+    prefetch = world.prefetch(hashes)
+    end_all(world, Exists)
+    assert prefetch.target == 2
+    world.settle()
+    assert prefetch.num_pages == 2
 
 
 def test_full_pages_that_are_there_are_not_read_again_for_a_window():
@@ -433,6 +449,11 @@ def test_two_prefetches_of_a_page_share_one_read():
     end_all(world, Exists)
     assert get_pages(world) == [(0, [0, 1]), (0, [2, 3])]
     world.tier.cancel_prefetch(first, world.now)
+    third = world.prefetch(one)
+    end_all(world, Exists)
+    world.tier.cancel_prefetch(third, world.now)
+    assert third.is_done
+    world.check()
     end_all(world, Get)
     assert get_pages(world) == [(0, [3, 4])]
     world.settle()
@@ -480,6 +501,33 @@ def test_prefetches_together_fill_a_share_of_the_pool():
     assert again.num_pages == 7
 
 
+def test_prefetches_together_fill_a_share_of_a_sliding_pool():
+    world = make((FULL, sliding(8)), pool=[40, 9])
+    one, two = world.add_chain("abcdef"), world.add_chain("ghijkl")
+    world.put_objects(one + two)
+    first, second = world.prefetch(one), world.prefetch(two)
+    end_all(world, Exists)
+    assert (first.target, second.target) == (6, 0)
+    world.settle()
+    assert first.num_pages == 6
+    third = world.prefetch(two)
+    world.settle()
+    assert third.num_pages == 6
+
+
+def test_of_sliding_groups_only_the_last_window_is_held():
+    world = make((FULL, sliding(4)))
+    hashes = world.add_chain("abcdefgh")
+    world.cache(hashes[:6])
+    world.put_objects(hashes)
+    world.settle()
+    world.prefetch(hashes)
+    assert len(world.index.references(1)) == 2
+    end_all(world, Exists)
+    assert get_pages(world) == [(0, [6, 7]), (1, [6, 7])]
+    assert sorted(world.index.references(1)) == sorted(world.pending[world.ops(Get)[1]].slots)
+
+
 def test_bytes_of_gets_in_flight_are_bounded_over_all_prefetches():
     page = World().page_bytes[0]
     world = make(pool=60, batch_pages=2, max_get_bytes=5 * page)
@@ -508,6 +556,36 @@ def test_what_a_prefetch_continues_is_not_evicted_meanwhile():
     assert prefetch.num_pages == 4
     world.evict_all()
     assert world.index.match(hashes) == 0
+
+
+def test_what_has_landed_is_not_evicted_before_the_rest_has():
+    page = World().page_bytes[0]
+    world = make(batch_pages=2, max_get_bytes=2 * page)
+    hashes = world.add_chain("abcdef")
+    world.put_objects(hashes)
+    prefetch = world.prefetch(hashes)
+    end_all(world, Exists)
+    end_all(world, Get)
+    world.evict_all()
+    assert world.index.match(hashes) == 2
+    world.settle()
+    assert prefetch.num_pages == 6
+    world.evict_all()
+    assert world.index.match(hashes) == 0
+
+
+def test_pages_of_the_window_that_are_there_are_not_evicted_meanwhile():
+    world = make((FULL, sliding(4)))
+    hashes = world.add_chain("abcdef")
+    world.cache(hashes, lacking=[0, 5])
+    world.put_objects(hashes)
+    world.settle()
+    prefetch = world.prefetch(hashes)
+    end_all(world, Exists)
+    assert get_pages(world) == [(1, [4])]
+    world.evict_all()
+    world.settle()
+    assert prefetch.num_pages == 6
 
 
 def test_an_index_that_is_cleared_meanwhile_ends_the_prefetch():
@@ -586,9 +664,11 @@ def test_what_is_known_to_be_absent_is_not_asked_for():
     world.settle()
     assert prefetch.num_pages == 2
     asked = len(world.effects)
-    for begin in (2, 3):
-        assert world.prefetch(hashes, begin=begin) is None
+    assert world.prefetch(hashes) is None
     assert len(world.effects) == asked
+    world.cache(hashes[:3])
+    world.settle()
+    assert world.prefetch(hashes) is None  # the page after it is not there either
     world.now += 10.0
     world.put_objects(hashes)
     assert world.prefetch(hashes) is not None
@@ -636,6 +716,20 @@ def test_a_damaged_page_is_written_again():
     assert world.tier.stats().corrupt_objects == 1
     world.cache(hashes)
     assert put_pages(world) == [(0, [2])]
+
+
+def test_a_sliding_page_that_was_lost_is_written_again():
+    world = make((FULL, sliding(4)))
+    hashes = world.add_chain("abcd")
+    world.cache(hashes)
+    world.settle()
+    world.forget(hashes[3:], [1])
+    world.evict_all()
+    world.prefetch(hashes)
+    world.settle()
+    assert world.index.match(hashes) == 3
+    world.cache(hashes)
+    assert put_pages(world) == [(1, [3])]
 
 
 def test_a_chain_that_waits_behind_a_lost_page_is_not_written():
@@ -750,12 +844,12 @@ def test_what_is_queued_makes_reading_slower():
     cost = world.tier._operations.cost
     cost.reads.add(20 * page, 0.0, 1.0)  # 20 pages a second, of 2 tokens
     cost.judge(10**12, 1, 1, 10.0, world.now)
-    assert world.prefetch(two, tokens_per_s=30.0) is not None
+    assert world.prefetch(two, tokens_per_s=25.0) is not None
     world.settle()
     world.evict_all()
     world.prefetch(one)
     end_all(world, Exists)
-    assert world.prefetch(two, tokens_per_s=30.0) is None
+    assert world.prefetch(two, tokens_per_s=25.0) is None
 
 
 # ----------------------------------------------------------------------------------------- health
@@ -819,8 +913,15 @@ def test_the_breaker_counts_failures_in_a_row_only():
     assert not breaker.can_start(9.5)
     assert breaker.can_start(10.0)
     breaker.started(9)
-    breaker.succeeded(9)
-    assert breaker.can_start(10.0)
+    breaker.failed(9, 10.0)
+    assert not breaker.can_start(11.9)
+    breaker.started(10)
+    breaker.succeeded(10)
+    assert breaker.can_start(12.0)
+    for _ in range(2):
+        breaker.failed(11, 20.0)
+    assert not breaker.can_start(20.9)
+    assert breaker.can_start(21.0)  # the pause is short again
 
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.MISS])
@@ -831,6 +932,19 @@ def test_refusals_and_misses_are_no_failures(outcome):
     end_all(world, Exists)
     end_all(world, Get, lambda key: outcome)
     assert world.tier.stats().breaker is BreakerState.CLOSED
+
+
+def test_what_was_cancelled_is_no_failure():
+    world = make(failures_to_open=1)
+    hashes = world.add_chain("ab")
+    world.put_objects(hashes)
+    prefetch = world.prefetch(hashes)
+    world.tier.cancel_prefetch(prefetch, world.now)
+    end_all(world, Exists, fail)
+    assert world.tier.stats().breaker is BreakerState.CLOSED
+    world.prefetch(hashes)
+    end_all(world, Exists, fail)
+    assert world.tier.stats().breaker is BreakerState.OPEN
 
 
 def test_a_prefetch_stops_when_the_breaker_opens():
@@ -895,6 +1009,34 @@ def test_what_was_put_before_the_storage_was_emptied_says_nothing():
     assert all(map(world.has_stored, hashes))
 
 
+def test_what_was_seen_before_the_storage_was_emptied_says_nothing():
+    world = make()
+    hashes = world.add_chain("ab")
+    world.put_objects(hashes)
+    prefetch = world.prefetch(hashes)
+    world.tier.storage_cleared(world.now)
+    world.tier.cancel_prefetch(prefetch, world.now)
+    end_all(world, Exists)
+    world.objects.clear()
+    world.cache(hashes)
+    assert put_pages(world) == [(0, [0, 1])]
+
+
+def test_pages_that_are_hit_stay_known():
+    world = make(max_hints=4)
+    for pages in ("ab", "xy"):
+        world.cache(world.add_chain(pages))
+        world.settle()
+    one, two = world.chains
+    world.tier.pages_hit(one, world.now)
+    world.cache(world.add_chain("k"))
+    world.settle()
+    world.tier.pages_hit(one, world.now)
+    assert not world.pending
+    world.tier.pages_hit(two, world.now)
+    assert put_pages(world) == [(0, [0])]
+
+
 def test_hints_are_bounded_and_the_least_used_go_first():
     world = World(limits=StorageLimits(max_hints=3, max_absent=2))
     hashes = world.add_chain("abcde")
@@ -937,7 +1079,10 @@ def test_unknown_events_are_ignored():
     world = make()
     world.tier.handle(PagesFreed(77), world.now)
     world.tier.handle(Ended(77, (), None, 0, 0.0), world.now)
+    world.cache(world.add_chain("ab"))
+    world.tier.handle(PagesFreed(world.ops(Put)[0]), world.now)  # it has not ended
     world.check()
+    assert len(world.index.references(0)) == 2
 
 
 def test_a_grid_of_other_groups_is_refused():
