@@ -96,8 +96,9 @@ class _Attached:
     def poll(self, now: float) -> None:
         for result in self.storage.poll():
             op_id = self._operations.get(result.operation_id)
-            if op_id is None:
-                continue  # a clear
+            if op_id is None:  # a clear: what was stored meanwhile may be gone
+                self.tier.storage_cleared(now)
+                continue
             if not result.pages_in_use:
                 self._forget(result.operation_id)
             ended = Ended(
