@@ -10,16 +10,13 @@ that no byte follows, all writes in flight to that peer end with the error, and 
 PeerError until `connect` is called again. Results of ended writes are held back until NIXL has let
 go of them.
 
-The target reads some writes itself (`transfer/pulling.py`) and must poll for that. Between GPUs
-many small runs go through large blocks: a run costs 2.6 us whatever its size, so 1 MiB runs reach
-219 GB/s of 394 and 288 KiB ones 79, 32 MiB blocks 383 (two H200s). In host memory of one host UCX
-copies on the caller's core, so the target takes its share of large writes.
+Between GPUs many small runs go through large blocks (`transfer/staging.py`): a run costs 2.6 us
+whatever its size, so 1 MiB runs reach 219 GB/s of 394 and 288 KiB ones 79, 32 MiB blocks 383 (two
+H200s). The target must poll for that.
 
 Options: `staging_bytes`, of the ring in each direction (default 512 MiB for GPU memory, 0 turns it
-off), `staging_below` (runs shorter than this are staged), `staging_block`; `pull`, whether large
-writes in host memory of one host are shared (`on`, `off`, or `auto`: unless there is an RDMA
-device, which needs no core to copy), if both ends agree. All others go to NIXL's UCX plug-in
-(`num_threads`, `ucx_devices`, ...); UCX itself reads UCX_* variables.
+off), `staging_below` (runs shorter than this are staged), `staging_block`. All others go to NIXL's
+UCX plug-in (`num_threads`, `ucx_devices`, ...); UCX itself reads UCX_* variables.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +43,8 @@ from transfer.endpoint import (
     decode_description,
     encode_description,
 )
-from transfer.pulling import Piece, Pulling
 from transfer.segments import plan_segments
-from transfer.staging import Ring
+from transfer.staging import Ring, Staging
 from transfer.transport import (
     Capabilities,
     ConfigurationError,
@@ -68,11 +63,6 @@ _STAGE_RUNS = 32
 """Fewer runs than these are written directly: a block takes some 0.1 ms to go through."""
 _BLOCK_BYTES = 64 << 20
 _RING_BYTES = 512 << 20
-_SHARE_FROM = 8 << 20
-"""Smaller writes are not shared: they end before the target has looked."""
-_POLL_BYTES = 64 << 20
-"""Copied in one call of `poll`, as long as no write ends."""
-_STOP_S = 5.0
 
 # NIXL installs its own handler on standard output and announces every agent there.
 logging.getLogger("nixl").setLevel(logging.WARNING)
@@ -91,37 +81,18 @@ class _Metadata(msgspec.Struct, frozen=True):
     agent: bytes
     """NIXL's own."""
     stages: bool
-    shares: bool
 
 
-_ListKey = tuple[int, int, int, int, int]
-"""Descriptors of all pages: region, offset, length, count, stride."""
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Metadata)
 
 
 @dataclasses.dataclass(slots=True)
 class _Write:
+    handle: Any
     bytes_moved: int
     descriptors: int
     started: float
-
-
-@dataclasses.dataclass(slots=True)
-class _Transfer:
-    """What NIXL writes at once: a write, or a piece of one that the target has a share of."""
-
-    handle: Any
-    of: _Write | Piece
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Readable:
-    """A source, as `admit` was told of it."""
-
-    metadata: bytes
-    regions: tuple[Region, ...]
-    lists: dict[_ListKey, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -133,7 +104,7 @@ class _Peer:
     """It takes what is staged."""
     lists: dict[tuple[int, PagePart], tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     """(region, part) -> prepared descriptors of all source and of all target pages."""
-    transfers: dict[int, _Transfer] = dataclasses.field(default_factory=dict)
+    writes: dict[int, _Write] = dataclasses.field(default_factory=dict)
     error: str = ""
     """Why it is being torn down."""
 
@@ -148,17 +119,13 @@ class NixlTransport(Transport):
         self._ring_bytes = None if ring_bytes is None else int(ring_bytes)
         self._stage_below = int(options.pop("staging_below", _STAGE_BELOW))
         self._block_bytes = int(options.pop("staging_block", _BLOCK_BYTES))
-        self._pull = options.pop("pull", "auto")
-        if self._pull not in ("auto", "on", "off"):
-            raise ConfigurationError(f"nixl's pull is auto, on or off, not {self._pull!r}")
-        self._pulling: Pulling | None = None
-        self._rings: tuple[Ring, Ring] | None = None
-        """Outbound and inbound."""
-        self._shares = False
-        self._pulled: dict[int, _Write] = {}
-        """Those that `_pulling` has."""
-        self._readable: dict[str, _Readable] = {}
-        """By agent."""
+        self._staging: Staging | None = None
+        self._ring_memory: list[Ring] = []
+        self._staged: dict[int, _Write] = {}
+        self._rings: dict[str, Any] = {}
+        """Prepared units of our two rings, and of those of the agents that write to us."""
+        self._admitted: dict[str, tuple[bytes, Region]] = {}
+        """What `admit` was told of those."""
         if not _INFINIBAND.exists():
             # UCX's module for it would do nothing but load the system's libibverbs, if that is
             # there, and with it a second libnl beside the wheel's: the process then crashes at its
@@ -172,7 +139,9 @@ class NixlTransport(Transport):
             raise ConfigurationError(f"NIXL's UCX plug-in does not start: {error}") from error
         self._regions: list[Region] = []
         self._registered: list[Any] = []
-        self._own_lists: dict[_ListKey, Any] = {}
+        self._sources: dict[tuple[int, int, int, int, int], Any] = {}
+        """(region, offset, length, count, stride) -> prepared descriptors of all our pages; peers
+        share them."""
         self._peers: dict[str, _Peer] = {}
         self._leaving: list[_Peer] = []
         self._results: list[WriteResult] = []
@@ -190,7 +159,7 @@ class NixlTransport(Transport):
                     self._registered.append(
                         self._agent.register_memory([row], _memory_type(region))
                     )
-            self._make_pulling()
+            self._make_staging()
         except NIXL_ERRORS as error:
             raise ConfigurationError(f"NIXL cannot register {regions}: {error}") from error
 
@@ -202,14 +171,12 @@ class NixlTransport(Transport):
                 self._name,
                 tuple(self._regions),
                 _encoder.encode(
-                    _Metadata(
-                        self._agent.get_agent_metadata(), self._rings is not None, self._shares
-                    )
+                    _Metadata(self._agent.get_agent_metadata(), self._staging is not None)
                 ),
             )
         )
 
-    def _make_pulling(self) -> None:
+    def _make_staging(self) -> None:
         device = next((r.device for r in self._regions if r.device is not None), None)
         if device is not None:
             self.capabilities = dataclasses.replace(
@@ -218,28 +185,22 @@ class NixlTransport(Transport):
         size = self._ring_bytes
         if size is None:
             size = 0 if device is None else _RING_BYTES
-        if size:
-            blocks = max(2, size // self._block_bytes)
-            self._rings = (
-                Ring(device, self._block_bytes, blocks),
-                Ring(device, self._block_bytes, blocks),
-            )
-            for ring in self._rings:
-                region = ring.region
-                row = (region.address, region.num_pages * region.page_bytes, device or 0, "")
-                self._registered.append(self._agent.register_memory([row], _memory_type(region)))
-        self._shares = device is None and (
-            self._pull == "on" or (self._pull == "auto" and not _INFINIBAND.exists())
+        if not size:
+            return
+        rings = [
+            Ring(device, self._block_bytes, max(2, size // self._block_bytes)) for _ in range(2)
+        ]
+        for ring in rings:
+            region = ring.region
+            row = (region.address, region.num_pages * region.page_bytes, device or 0, "")
+            self._registered.append(self._agent.register_memory([row], _memory_type(region)))
+        self._ring_memory = rings
+        outbound, inbound = rings
+        self._rings[""] = self._agent.prep_xfer_dlist(
+            "NIXL_INIT_AGENT", _unit_rows(inbound.region), _memory_type(inbound.region)
         )
-        if self._rings or self._shares:
-            self._pulling = Pulling(
-                self,
-                self._short_name,
-                self._agent.get_agent_metadata(),
-                self._regions,
-                self._rings,
-                self._shares,
-            )
+        metadata = self._agent.get_agent_metadata()
+        self._staging = Staging(self, self._short_name, metadata, self._regions, outbound, inbound)
 
     def connect(self, peer: str, description: bytes) -> None:
         end = decode_description(description, peer, "nixl", self._regions)
@@ -268,8 +229,8 @@ class NixlTransport(Transport):
         except NIXL_ERRORS as error:
             raise PeerError(f"NIXL cannot use the description of {peer}: {error}") from error
         self._peers[peer] = _Peer(peer, end, agent, metadata.stages)
-        if self._pulling is not None and (metadata.stages or metadata.shares):
-            self._pulling.connected(peer, agent)
+        if self._staging is not None and metadata.stages:
+            self._staging.connected(peer, agent)
 
     def reset(self, peer: str) -> None:
         if peer in self._peers:
@@ -277,10 +238,11 @@ class NixlTransport(Transport):
 
     def disconnect(self, peer: str) -> None:
         error = f"{peer} was disconnected"
-        if self._pulling is not None:
-            self._pulling.dead(peer, error)
         if peer in self._peers:
+            self._admitted.pop(self._peers[peer].agent, None)
             self._break(self._peers[peer], error)
+        if self._staging is not None:
+            self._staging.dead(peer, error)
 
     def write(
         self,
@@ -310,167 +272,111 @@ class NixlTransport(Transport):
             target_region.page_bytes,
         )
         write = _Write(
+            handle=None,
             bytes_moved=len(source_pages) * part.page_bytes,
             descriptors=len(runs),
             started=started,
         )
-        arguments = region, source_pages, target_pages, part
         if self._is_to_be_staged(target, region, part, len(runs)):
-            assert self._pulling is not None
-            self._pulled[self._last_id] = write
-            self._pulling.write_blocks(peer, self._last_id, *arguments)
-        elif self._is_to_be_shared(target, write):
-            assert self._pulling is not None
-            self._pulled[self._last_id] = write
-            self._pulling.write_shares(peer, self._last_id, *arguments)
-        else:
-            self._post(target, self._last_id, write, *arguments)
-        return self._last_id
-
-    def _post(
-        self,
-        peer: _Peer,
-        number: int,
-        of: _Write | Piece,
-        region: int,
-        source_pages: Int32Array,
-        target_pages: Int32Array,
-        part: PagePart,
-    ) -> None:
-        transfer = peer.transfers[number] = _Transfer(None, of)
+            assert self._staging is not None
+            self._staged[self._last_id] = write
+            self._staging.write(peer, self._last_id, region, source_pages, target_pages, part)
+            return self._last_id
+        target.writes[self._last_id] = write
         try:
-            sources, targets = self._prepare(peer, region, part)
-            transfer.handle = self._agent.make_prepped_xfer(
+            sources, targets = self._prepare(target, region, part)
+            write.handle = self._agent.make_prepped_xfer(
                 "WRITE",
                 sources,
                 _descriptor_numbers(source_pages, part.count),
                 targets,
                 _descriptor_numbers(target_pages, part.count),
             )
-            state = self._agent.transfer(transfer.handle)
+            state = self._agent.transfer(write.handle)
         except NIXL_ERRORS as error:
-            self._break(peer, f"NIXL cannot write to {peer.name}: {error}")
+            self._break(target, f"NIXL cannot write to {peer}: {error}")
         else:
-            self._settle(peer, number, state)
+            self._settle(target, self._last_id, state)
+        return self._last_id
 
     def cancel(self, write_id: int) -> None:
-        """What the target is to read and has not begun ends. NIXL itself gives up a write only by
-        tearing down the connection, which hurts others."""
-        if self._pulling is not None:
-            self._pulling.cancel(write_id)
+        """What is staged and not offered ends. NIXL itself gives up a write only by tearing down
+        the connection, which hurts others."""
+        if self._staging is not None:
+            self._staging.cancel(write_id)
 
     def poll(self) -> list[WriteResult]:
-        """Where writes are shared, it copies: until one has ended or all is done, within bounds."""
-        moved = 0
-        while self._agent is not None:
-            before = moved
-            self._progress()
-            if self._pulling is not None:
-                moved += self._pulling.pull() + self._write_shares()
-                for write_id, reason in self._pulling.poll():
-                    self._report(write_id, self._pulled.pop(write_id), reason)
-            self._let_go()
-            if self._results or moved == before or moved >= _POLL_BYTES:
-                break
-        results, self._results = self._results, []
-        return results
-
-    def _progress(self) -> None:
         # A peer's death may be reported here as well; its writes' own states tell.
         with contextlib.suppress(*NIXL_ERRORS):
-            for agent, messages in self._agent.get_new_notifs().items():
-                for message in messages:
-                    if self._pulling is not None:
-                        self._pulling.receive(agent, message)
+            if self._agent is not None:
+                for agent, messages in self._agent.get_new_notifs().items():
+                    for message in messages:
+                        if self._staging is not None:
+                            self._staging.receive(agent, message)
         for peer in list(self._peers.values()):
             try:
-                for number, transfer in list(peer.transfers.items()):
-                    self._settle(peer, number, self._agent.check_xfer_state(transfer.handle))
+                for write_id, write in list(peer.writes.items()):
+                    self._settle(peer, write_id, self._agent.check_xfer_state(write.handle))
                     if peer.error:
                         break
             except NIXL_ERRORS as error:
                 self._break(peer, f"NIXL lost {peer.name}: {error}")
-
-    def _write_shares(self) -> int:
-        """One of ours to each peer; the bytes that were posted."""
-        assert self._pulling is not None
-        moved = 0
-        for peer in list(self._peers.values()):
-            piece = self._pulling.take(peer.name)
-            if piece is not None:
-                moved += piece.num_bytes
-                self._last_id += 1
-                pages = piece.source_pages, piece.target_pages
-                self._post(peer, self._last_id, piece, piece.region, *pages, piece.part)
-        return moved
+        if self._staging is not None and self._agent is not None:
+            for write_id, reason in self._staging.poll():
+                self._report(write_id, self._staged.pop(write_id), reason)
+        self._let_go()
+        results, self._results = self._results, []
+        return results
 
     def close(self) -> None:
         if self._agent is None:
             return
-        if self._pulling is not None:
-            self._pulling.close()
-        for agent in list(self._readable):
-            self.expel(agent)
         for peer in list(self._peers.values()):
             self._break(peer, "closed")
-        self._pulling = None
-        self._release(self._own_lists)
+        self._staging = None
+        for dlist in (*self._sources.values(), *self._rings.values()):
+            with contextlib.suppress(*NIXL_ERRORS):
+                dlist.release()
         for registered in self._registered:
             with contextlib.suppress(*NIXL_ERRORS):
                 self._agent.deregister_memory(registered)
         self._peers.clear()
         self._leaving.clear()
+        self._sources.clear()
+        self._rings.clear()
         self._registered.clear()
         # The agent must go while the interpreter still runs; at exit it can crash.
         self._agent = None
-        for ring in self._rings or ():
-            ring.close()
-        self._rings = None
+        while self._ring_memory:
+            self._ring_memory.pop().close()
 
     def _prepare(self, peer: _Peer, region: int, part: PagePart) -> tuple[Any, Any]:
         """Descriptors of `part` of every page, on both sides; made at its first use."""
         found = peer.lists.get((region, part))
         if found is not None:
             return found
-        sources = self._own(
-            (region, part.source_offset, part.length, part.count, part.source_stride)
-        )
-        key = (region, part.target_offset, part.length, part.count, part.target_stride)
-        peer.lists[region, part] = sources, self._list(peer.agent, peer.end.regions, key)
+        key = (region, part.source_offset, part.length, part.count, part.source_stride)
+        ours, theirs = self._regions[region], peer.end.regions[region]
+        if key not in self._sources:
+            rows = _descriptors(
+                ours, part.source_offset, part.length, part.count, part.source_stride
+            )
+            self._sources[key] = self._agent.prep_xfer_dlist(
+                "NIXL_INIT_AGENT", rows, _memory_type(ours)
+            )
+        rows = _descriptors(theirs, part.target_offset, part.length, part.count, part.target_stride)
+        targets = self._agent.prep_xfer_dlist(peer.agent, rows, _memory_type(theirs))
+        peer.lists[region, part] = self._sources[key], targets
         return peer.lists[region, part]
 
-    def _own(self, key: _ListKey) -> Any:
-        """Of our pages, or of our inbound ring's units; made at its first use."""
-        if key not in self._own_lists:
-            regions = [*self._regions, *(ring.region for ring in (self._rings or ())[1:])]
-            self._own_lists[key] = self._list("NIXL_INIT_AGENT", regions, key)
-        return self._own_lists[key]
-
-    def _list(self, agent: str, regions: Sequence[Region], key: _ListKey) -> Any:
-        number, *rest = key
-        region = regions[number]
-        return self._agent.prep_xfer_dlist(agent, _descriptors(region, *rest), _memory_type(region))
-
-    def _release(self, lists: dict[_ListKey, Any]) -> None:
-        while lists:
-            _, descriptors = lists.popitem()
-            with contextlib.suppress(*NIXL_ERRORS):
-                descriptors.release()
-
-    def _settle(self, peer: _Peer, number: int, state: str) -> None:
+    def _settle(self, peer: _Peer, write_id: int, state: str) -> None:
         if state == "ERR":
             self._break(peer, f"NIXL's write to {peer.name} failed")
-        elif state == "DONE" and number in peer.transfers:
-            transfer = peer.transfers.pop(number)
-            self._end(number, transfer.of, "")
+        elif state == "DONE" and write_id in peer.writes:
+            write = peer.writes.pop(write_id)
+            self._report(write_id, write, "")
             with contextlib.suppress(*NIXL_ERRORS):
-                transfer.handle.release()
-
-    def _end(self, number: int, of: _Write | Piece, error: str) -> None:
-        if isinstance(of, _Write):
-            self._report(number, of, error)
-        elif self._pulling is not None:
-            self._pulling.ended(of, error)
+                write.handle.release()
 
     def _report(self, write_id: int, write: _Write, error: str) -> None:
         seconds = time.perf_counter() - write.started
@@ -479,23 +385,15 @@ class NixlTransport(Transport):
 
     def _is_to_be_staged(self, peer: _Peer, region: int, part: PagePart, runs: int) -> bool:
         return (
-            self._pulling is not None
-            and self._rings is not None
+            self._staging is not None
             and peer.stages
-            and self._regions[region].device == self._rings[0].region.device
+            and self._regions[region].device == self._ring_memory[0].region.device
             and runs >= _STAGE_RUNS
             and part.length < self._stage_below
-            and self._pulling.fits(part)
+            and self._staging.fits(part)
         )
 
-    def _is_to_be_shared(self, peer: _Peer, write: _Write) -> bool:
-        return (
-            self._pulling is not None
-            and write.bytes_moved >= _SHARE_FROM
-            and self._pulling.shares_with(peer.name)
-        )
-
-    # What `Pulling` needs of us.
+    # What `Staging` needs of us.
 
     def send(self, agent: str, message: bytes) -> None:
         try:
@@ -503,60 +401,37 @@ class NixlTransport(Transport):
         except NIXL_ERRORS as error:
             raise PeerError(f"NIXL cannot notify {agent}: {error}") from error
 
-    def admit(self, metadata: bytes, regions: Sequence[Region]) -> str:
+    def admit(self, metadata: bytes, ring: Region) -> str:
         try:
             agent: str = self._agent.add_remote_agent(metadata).decode()
+            if agent in self._rings:
+                with contextlib.suppress(*NIXL_ERRORS):
+                    self._rings.pop(agent).release()
+            self._rings[agent] = self._agent.prep_xfer_dlist(
+                agent, _unit_rows(ring), _memory_type(ring)
+            )
         except NIXL_ERRORS as error:
-            raise PeerError(f"NIXL cannot reach a source: {error}") from error
-        if agent in self._readable:
-            self._release(self._readable[agent].lists)
-        self._readable[agent] = _Readable(metadata, tuple(regions))
+            raise PeerError(f"NIXL cannot reach a source's ring: {error}") from error
+        self._admitted[agent] = metadata, ring
         return agent
 
-    def expel(self, agent: str) -> None:
-        readable = self._readable.pop(agent, None)
-        if readable is not None:
-            self._release(readable.lists)
-            if not any(peer.agent == agent for peer in (*self._peers.values(), *self._leaving)):
-                with contextlib.suppress(*NIXL_ERRORS):
-                    self._agent.remove_remote_agent(agent)
-
     def _readmit(self, agent: str) -> None:
-        """NIXL has forgotten an agent that we no longer write to; we may still read from it."""
-        if agent in self._readable:
-            readable = self._readable[agent]
+        """NIXL has forgotten an agent that we no longer write to; we may still read its ring."""
+        if agent in self._admitted:
+            with contextlib.suppress(*NIXL_ERRORS):
+                self._rings.pop(agent).release()
             with contextlib.suppress(PeerError):
-                self.admit(readable.metadata, readable.regions)
+                self.admit(*self._admitted[agent])
 
-    def start_read(
-        self,
-        agent: str,
-        region: int,
-        source_pages: Int32Array,
-        target_pages: Int32Array,
-        part: PagePart,
-    ) -> Any:
-        readable = self._readable.get(agent)
-        if readable is None:
+    def start_read(self, agent: str, remote_units: Int32Array, units: Int32Array) -> Any:
+        if agent not in self._rings:
             raise PeerError(f"{agent} is out of reach")
-        key = (region, part.source_offset, part.length, part.count, part.source_stride)
-        handle = None
         try:
-            if key not in readable.lists:
-                readable.lists[key] = self._list(agent, readable.regions, key)
             handle = self._agent.make_prepped_xfer(
-                "READ",
-                self._own(
-                    (region, part.target_offset, part.length, part.count, part.target_stride)
-                ),
-                _descriptor_numbers(target_pages, part.count),
-                readable.lists[key],
-                _descriptor_numbers(source_pages, part.count),
+                "READ", self._rings[""], units, self._rings[agent], remote_units
             )
             self._agent.transfer(handle)
         except NIXL_ERRORS as error:
-            if handle is not None:
-                self.stop(agent, handle)
             raise PeerError(f"NIXL cannot read from {agent}: {error}") from error
         return handle
 
@@ -576,21 +451,9 @@ class NixlTransport(Transport):
             return False
         return True
 
-    def stop(self, agent: str, handle: Any) -> None:
-        started = time.monotonic()
-        while not self.release(handle):
-            if time.monotonic() > started + _STOP_S:
-                # As with writes: without the endpoint no byte follows.
-                with contextlib.suppress(*NIXL_ERRORS):
-                    self._agent.remove_remote_agent(agent)
-            if time.monotonic() > started + 2 * _STOP_S:
-                raise TransportError(f"NIXL does not give up a read from {agent}")
-            with contextlib.suppress(PeerError):
-                self.is_read(handle)
-
     def _break(self, peer: _Peer, error: str) -> None:
-        if self._pulling is not None:
-            self._pulling.lost(peer.name, error)
+        if self._staging is not None:
+            self._staging.lost(peer.name, error)
         del self._peers[peer.name]
         peer.error = error
         self._leaving.append(peer)
@@ -599,10 +462,10 @@ class NixlTransport(Transport):
     def _let_go(self) -> None:
         for peer in list(self._leaving):
             try:
-                for transfer in peer.transfers.values():
-                    if transfer.handle is not None:
-                        transfer.handle.release()
-                        transfer.handle = None
+                for write in peer.writes.values():
+                    if write.handle is not None:
+                        write.handle.release()
+                        write.handle = None
                 while peer.lists:
                     key, (_, targets) = next(iter(peer.lists.items()))
                     targets.release()
@@ -612,8 +475,11 @@ class NixlTransport(Transport):
                 continue  # a write cannot be given up yet: the next poll tries again
             self._leaving.remove(peer)
             self._readmit(peer.agent)
-            for number, transfer in peer.transfers.items():
-                self._end(number, transfer.of, peer.error)
+            now = time.perf_counter()
+            self._results += [
+                WriteResult(write_id, peer.error, 0, 0, now - write.started)
+                for write_id, write in peer.writes.items()
+            ]
 
 
 def _memory_type(region: Region) -> str:
@@ -631,6 +497,10 @@ def _descriptors(
     rows[:, 1] = length
     rows[:, 2] = region.device or 0
     return rows
+
+
+def _unit_rows(ring: Region) -> npt.NDArray[np.uint64]:
+    return _descriptors(ring, 0, ring.page_bytes, 1, 0)
 
 
 def _descriptor_numbers(pages: Int32Array, count: int) -> Int32Array:

@@ -1,8 +1,8 @@
 """What moving pages takes, beside what the machine can do: `pd bench transfer`, or, without the
 command installed, `python -m pd.bench.transfer`. It needs neither ray nor an HTTP server.
 
-Pages of one sequence move between two replicas, with a process for each rank, over a backend's
-transports directly: cut and bounded as the mover does it, without its thread. Pools are
+Pages of one sequence move between two replicas, each a process with all of its ranks, over a
+backend's transports directly: cut and bounded as the mover does it, without its thread. Pools are
 scrambled, for backends merge neighbours and a fresh pool flatters them. In the same run the same
 bytes are copied as one block, which is the limit. Every configuration's bytes are verified once, at
 the end, in all of the target's pools.
@@ -13,11 +13,9 @@ each layer, k or v and page; and pages of 4 KiB.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import platform
@@ -35,7 +33,7 @@ import numpy as np
 
 from pd import __version__
 from pd.bench.errors import BenchError
-from pd.bench.transfer_ends import Measured, Setup, Side, join_moves, scramble, serve_end
+from pd.bench.transfer_ends import Described, Measured, Setup, Side, scramble, serve_end
 from transfer.backends import backend_names
 from transfer.layout import LayerGroup, PageLayout
 from transfer.plan import PairPlan
@@ -44,8 +42,6 @@ from transfer.topology import ReplicaLayout, Topology
 PoolKind = Literal["page-first", "layer-first", "4 KiB pages"]
 
 _START_S = 60.0
-_HEAD_START_S = 0.02
-"""In which all ranks are told when to start."""
 _SLOWEST = 20e6
 """Bytes a second that any command handles, or else it has failed."""
 _SMALL = PageLayout(LayerGroup("full", (0,), 1, 128), 8, 2)
@@ -89,7 +85,7 @@ class TransferOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """One set-up of the processes, and the handovers to measure in it."""
+    """One set-up of the two processes, and the handovers to measure in it."""
 
     backend: str
     pair: str
@@ -127,7 +123,7 @@ class Row:
     wait_s: float
     """The rest of total_s."""
     total_s: float
-    """From the moment when all ranks start to the last result of any."""
+    """From the first of those calls to the last result."""
     best_s: float
     gb_per_s: float
     limit_gb_per_s: float
@@ -285,14 +281,15 @@ def run_transfer_bench(
         rows=[],
     )
     try:
-        # Processes of their own: what one backend leaves in its process is not the next one's.
-        for (_, pair), group in itertools.groupby(cases, lambda case: (case.backend, case.pair)):
-            with Ends(*(topology.num_ranks for topology in parse_pair(pair))) as ends:
-                for case in group:
-                    for row in _measure(
-                        options, case, devices, ends, lambda title: on_row(title, total)
-                    ):
-                        report.rows.append(row)
+        for backend in options.backends:
+            # Processes of their own: what one backend leaves in its process is not the next one's.
+            with Ends() as ends:
+                for case in cases:
+                    if case.backend == backend:
+                        for row in _measure(
+                            options, case, devices, ends, lambda title: on_row(title, total)
+                        ):
+                            report.rows.append(row)
     except KeyboardInterrupt:
         report.interrupted = True
     report.conditions["load average after"] = _load_average()
@@ -325,30 +322,21 @@ def _measure(
     on_row(title)
     theirs = ends.ask("target", "set_up", setup, num_bytes=size)
     ours = ends.ask("source", "set_up", setup, num_bytes=2 * size)
+    assert isinstance(theirs, Described)
+    assert isinstance(ours, Described)
     ends.ask("target", "connect", ours, num_bytes=size)
     ends.ask("source", "connect", theirs)
     for number, num_pages in enumerate(case.moves):
         if number:
             on_row(f"{title} x {num_pages * case.layout.page_tokens}")
         ends.ask("target", "clear", num_bytes=size)
-        measured = _move(ends, num_pages, options.repeats, size)
+        moved = 2 * (options.repeats + 1) * size
+        measured = ends.ask("source", "measure", num_pages, options.repeats, num_bytes=moved)
+        assert isinstance(measured, Measured)
         ends.ask("target", "verify", num_pages, num_bytes=size)
         yield make_row(case, num_pages, measured)
     for side in ("source", "target"):
         ends.ask(side, "tear_down")
-
-
-def _move(ends: Ends, num_pages: int, repeats: int, size: int) -> Measured:
-    """The first pages of the sequence once cold, then `repeats` times, each time beside the
-    limit."""
-    moves, limit_s = [], []
-    for _ in range(1 + repeats):
-        ends.ask("source", "plan", num_pages)
-        start = time.perf_counter() + _HEAD_START_S
-        moves.append(join_moves(ends.ask("source", "move", start, num_bytes=size)))
-        copied = ends.ask("source", "copy_limit", moves[0].num_bytes, num_bytes=size, ranks=1)
-        limit_s += copied
-    return Measured(moves[0], tuple(moves[1:]), tuple(limit_s[1:]))
 
 
 def make_row(case: Case, num_pages: int, measured: Measured) -> Row:
@@ -382,24 +370,20 @@ def make_row(case: Case, num_pages: int, measured: Measured) -> Row:
 
 
 class Ends:
-    """The processes, one for each rank. Leaving the context kills them."""
+    """The two processes. Leaving the context kills both."""
 
-    def __init__(self, num_sources: int, num_targets: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connections: dict[tuple[Side, int], Connection] = {}
-        self._processes: dict[tuple[Side, int], multiprocessing.process.BaseProcess] = {}
-        sides: tuple[tuple[Side, int], ...] = ("source", num_sources), ("target", num_targets)
+        self._connections: dict[Side, Connection] = {}
+        self._processes: dict[Side, multiprocessing.process.BaseProcess] = {}
+        sides: tuple[Side, Side] = ("source", "target")
         try:
-            for side, num_ranks in sides:
-                for rank in range(num_ranks):
-                    here, there = context.Pipe()
-                    process = context.Process(
-                        target=serve_end, args=(side, rank, there), daemon=True
-                    )
-                    process.start()
-                    there.close()
-                    self._connections[side, rank] = here
-                    self._processes[side, rank] = process
+            for side in sides:
+                here, there = context.Pipe()
+                process = context.Process(target=serve_end, args=(side, there), daemon=True)
+                process.start()
+                there.close()
+                self._connections[side], self._processes[side] = here, process
         except BaseException:
             self.__exit__()
             raise
@@ -415,58 +399,39 @@ class Ends:
         for connection in self._connections.values():
             connection.close()
 
-    def ask(
-        self,
-        side: Side,
-        command: str,
-        *arguments: object,
-        num_bytes: int = 0,
-        ranks: int | None = None,
-    ) -> list[Any]:
-        """What all ranks of a side, or the first few, answer to a command that may handle
-        `num_bytes` in all. Raises BenchError when an answer is an error, when one does not come in
-        time, and when any process dies."""
-        asked = [end for end in self._connections if end[0] == side][:ranks]
-        timeout_s = _START_S * max(1, len(self._connections) // 4) + num_bytes / _SLOWEST
+    def ask(self, side: Side, command: str, *arguments: object, num_bytes: int = 0) -> object:
+        """The answer to one command, which may handle `num_bytes`. Raises BenchError when it is an
+        error, when there is none in time, and when either process dies."""
+        connection = self._connections[side]
+        timeout_s = _START_S + num_bytes / _SLOWEST
         deadline = time.monotonic() + timeout_s
-        for end in asked:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_answer` tells
-                self._connections[end].send((command, arguments))
-        return [self._answer(end, command, deadline, timeout_s) for end in asked]
-
-    def _answer(
-        self, end: tuple[Side, int], command: str, deadline: float, timeout_s: float
-    ) -> object:
-        connection = self._connections[end]
         sentinels = {process.sentinel: name for name, process in self._processes.items()}
         try:
+            connection.send((command, arguments))
             while not connection.poll():
                 left = deadline - time.monotonic()
                 ready = wait([connection, *sentinels], timeout=max(0.0, left))
                 if not ready:
                     raise BenchError(
-                        f"{_name(end)} did not {command.replace('_', ' ')} within {timeout_s:.0f} s"
+                        f"the {side} process did not {command.replace('_', ' ')} within "
+                        f"{timeout_s:.0f} s"
                     )
                 for sentinel in ready:
                     if isinstance(sentinel, int) and not connection.poll():
                         raise BenchError(self._obituary(sentinels[sentinel], command))
             kind, answer = connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise BenchError(self._obituary(end, command)) from error
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise BenchError(self._obituary(side, command)) from error
         if kind == "error":
             raise BenchError(answer)
         return answer
 
-    def _obituary(self, end: tuple[Side, int], command: str) -> str:
-        process = self._processes[end]
+    def _obituary(self, side: Side, command: str) -> str:
+        process = self._processes[side]
         process.join(5)
         code = process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return f"the process of {_name(end)} ended ({how}) during {command.replace('_', ' ')!r}"
-
-
-def _name(end: tuple[Side, int]) -> str:
-    return f"{end[0]} rank {end[1]}"
+        return f"the {side} process ended ({how}) during {command.replace('_', ' ')!r}"
 
 
 def _measure_planning(options: TransferOptions, pair: str) -> Planning:
@@ -514,7 +479,7 @@ def _conditions(options: TransferOptions, devices_text: str) -> dict[str, Any]:
     heads = f"{options.kv_heads} KV heads of {options.head_dim}"
     if options.latent:
         heads = f"latents of {options.head_dim}"
-    limit = "memcpy by one source process into memory that a target process maps too"
+    limit = "memcpy by the source process into memory that both processes map"
     if options.device == "cuda":
         limit = "a copy from the source's GPU memory to the target's, as one block"
     return {
@@ -524,7 +489,7 @@ def _conditions(options: TransferOptions, devices_text: str) -> dict[str, Any]:
         "repeats": options.repeats,
         "limit": f"{limit}; the same bytes, after each repeat",
         "verified": "each configuration's bytes, once, in all of the target's pools",
-        "processes": "one for each rank of each side, started together",
+        "processes": "one for all ranks of each side",
         "options": list(options.options),
         "environment": [
             f"{name}={value}"

@@ -1,10 +1,10 @@
-"""The processes of `pd bench transfer`, one for each rank of either side: a transport and a pool.
+"""The two processes of `pd bench transfer`: one with all ranks of the source replica, one with all
+of the target's, a transport and a pool for each rank.
 
-A process serves commands from its pipe one by one and polls its transport in between; it ends when
-the pipe does. All ranks of the source begin a move at the same time, which they are told. Pools are
-scrambled: the pages of the sequence lie in random slots. What a word of a page holds follows from
-its place in the sequence, so that the target can tell that everything has landed where it belongs
-and that nothing else has changed.
+A process serves commands from its pipe one by one and polls its transports in between; it ends when
+the pipe does. Pools are scrambled: the pages of the sequence lie in random slots. What a word of a
+page holds follows from its place in the sequence, so that the target can tell that everything has
+landed where it belongs and that nothing else has changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -43,8 +43,6 @@ _WRITES_IN_FLIGHT = 4
 """Bytes in flight to a peer are bounded by so many of the backend's write_bytes."""
 _SLOWEST = 10e6
 """Bytes a second: a move that is slower has failed."""
-_SPIN_S = 0.0005
-"""Before a common start; a sleep may last a little longer than it should."""
 _BATCH_BYTES = 16 << 20
 _CANARY = -0x5A5A5A5A5A5A5A5B
 _PAGE_FACTOR = 0x9E3779B97F4A7C15
@@ -71,28 +69,16 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """One handover's pages, moved once, by one rank or by all."""
+    """One handover's pages, moved once."""
 
     plan_s: float
     post_s: float
     """In `Transport.write`."""
     total_s: float
-    """From the common start to the last result."""
+    """From the first call of `write` to the last result."""
     num_bytes: int
     writes: int
     descriptors: int
-
-
-def join_moves(moves: Sequence[Move]) -> Move:
-    """Of ranks that moved at the same time: the slowest's times."""
-    return Move(
-        plan_s=max(move.plan_s for move in moves),
-        post_s=max(move.post_s for move in moves),
-        total_s=max(move.total_s for move in moves),
-        num_bytes=sum(move.num_bytes for move in moves),
-        writes=sum(move.writes for move in moves),
-        descriptors=sum(move.descriptors for move in moves),
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,25 +92,23 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Described:
-    """What the other side needs of this rank."""
+    """What the other end needs of this one."""
 
-    transport: bytes
+    transports: tuple[bytes, ...]
     process: Process
     limit_memory: MemoryFile | None
 
 
-def serve_end(side: Side, rank: int, connection: Connection) -> None:
+def serve_end(side: Side, connection: Connection) -> None:
     """A process's main function. Ctrl-C is for the parent, which ends us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end = _End(side, rank)
+    end = _End(side)
     commands: dict[str, Callable[..., object]] = {
         "set_up": end.set_up,
         "connect": end.connect,
         "clear": end.clear,
         "verify": end.verify,
-        "plan": end.plan,
-        "move": end.move,
-        "copy_limit": end.copy_limit,
+        "measure": end.measure,
         "tear_down": end.tear_down,
     }
     try:
@@ -135,9 +119,9 @@ def serve_end(side: Side, rank: int, connection: Connection) -> None:
             try:
                 answer: tuple[str, Any] = ("ok", commands[name](*arguments))
             except (TransportError, BenchError) as error:
-                answer = ("error", f"{side} rank {rank}: {error}")
+                answer = ("error", str(error))
             except (MemoryError, OSError) as error:
-                answer = ("error", f"{side} rank {rank}: {error or type(error).__name__}")
+                answer = ("error", f"the {side} process: {error or type(error).__name__}")
             connection.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has ended
@@ -146,124 +130,118 @@ def serve_end(side: Side, rank: int, connection: Connection) -> None:
 
 
 class _End:
-    """One rank; `serve_end` calls its public methods."""
+    """One side; `serve_end` calls its public methods."""
 
-    def __init__(self, side: Side, rank: int) -> None:
+    def __init__(self, side: Side) -> None:
         self._side: Side = side
-        self._rank = rank
         self._setup: Setup | None = None
-        self._transport: Transport | None = None
-        self._pool: _Pool | None = None
+        self._ranks: list[_Rank] = []
         self._limit: _Limit | None = None
         self._mapped: object = None
         self._plan: PairPlan | None = None
         self._slots: tuple[Int32Array, Int32Array] | None = None
-        self._planned: tuple[dict[int, Lane], float] | None = None
 
     def poll(self) -> float:
-        """Drive the transport; how long to wait until the next time."""
-        if self._transport is None or self._transport.capabilities.passive_target:
-            return 1.0
-        self._transport.poll()
-        return self._transport.capabilities.poll_s
+        """Drive the transports; how long to wait until the next time."""
+        waits = [1.0]
+        for rank in self._ranks:
+            if not rank.transport.capabilities.passive_target:
+                rank.transport.poll()
+                waits.append(rank.transport.capabilities.poll_s)
+        return min(waits)
 
     def set_up(self, setup: Setup) -> Described:
         self.tear_down()
         self._setup = setup
+        replica = setup.source if self._side == "source" else setup.target
         self._slots = (
             scramble(setup.num_pages, setup.source.topology.cp, setup.seed),
             scramble(setup.num_pages, setup.target.topology.cp, setup.seed + 1),
         )
-        name = f"{self._side}-{self._rank}"
-        self._transport = make_transport(setup.backend, name, setup.options)
-        self._pool = _Pool(setup, self._side, self._rank)
-        self._transport.register([self._pool.region])
+        for number in range(replica.topology.num_ranks):
+            transport = make_transport(setup.backend, f"{self._side}-{number}", setup.options)
+            self._ranks.append(_Rank(setup, self._side, number, transport))
         memory = None
         if self._side == "source":
             self._plan = PairPlan(setup.source, setup.target)
-            self._pool.put(self._slots[0], setup.num_pages)
-            if not self._rank:
-                self._limit = _Limit(self._pool, setup.devices)
-                memory = self._limit.reserve(sum_of_bytes(self._plan, setup.num_pages))
-        return Described(self._transport.describe(), describe_process(), memory)
+            for rank in self._ranks:
+                rank.pool.put(self._slots[0], setup.num_pages)
+            self._limit = _Limit([rank.pool for rank in self._ranks], setup.devices)
+            memory = self._limit.reserve(sum_of_bytes(self._plan, setup.num_pages))
+        descriptions = tuple(rank.transport.describe() for rank in self._ranks)
+        return Described(descriptions, describe_process(), memory)
 
-    def connect(self, others: list[Described]) -> None:
-        """Source: connect to each target rank that it writes to. Target: map the memory into which
-        the limit is copied."""
-        assert self._transport is not None
-        memory = others[0].limit_memory
-        if memory is not None and not self._rank:
-            self._mapped = map_memory(others[0].process, memory)
+    def connect(self, other: Described) -> None:
+        """Source: connect to each target rank that is written to. Target: map the memory into
+        which the limit is copied."""
+        if other.limit_memory is not None:
+            self._mapped = map_memory(other.process, other.limit_memory)
         if self._plan is not None:
             for link in self._plan.links[0]:
-                if link.source == self._rank:
-                    self._transport.connect(_peer(link.target), others[link.target].transport)
+                self._ranks[link.source].transport.connect(
+                    _peer(link.target), other.transports[link.target]
+                )
 
     def clear(self) -> None:
-        """The pool to what must not be there afterwards."""
-        assert self._pool is not None
-        self._pool.clear()
+        """All of the target's pools to what must not be there afterwards."""
+        for rank in self._ranks:
+            rank.pool.clear()
 
     def verify(self, num_pages: int) -> None:
         """Raises BenchError unless the first pages of the sequence, and nothing else, have landed
         since `clear`."""
-        assert self._pool is not None
         assert self._slots is not None
-        wrong = self._pool.find_wrong(self._slots[1], num_pages)
-        if wrong:
-            raise BenchError(wrong)
+        for number, rank in enumerate(self._ranks):
+            wrong = rank.pool.find_wrong(self._slots[1], num_pages)
+            if wrong:
+                raise BenchError(f"target rank {number}: {wrong}")
+
+    def measure(self, num_pages: int, repeats: int) -> Measured:
+        """Move the first pages of the sequence once cold, then `repeats` times, each time beside
+        the limit."""
+        assert self._limit is not None
+        first = self._move(num_pages)
+        self._limit.copy(first.num_bytes)
+        moves, limit_s = [], []
+        for _ in range(repeats):
+            moves.append(self._move(num_pages))
+            limit_s.append(self._limit.copy(first.num_bytes))
+        return Measured(first, tuple(moves), tuple(limit_s))
 
     def tear_down(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-        self._transport = self._pool = self._limit = self._mapped = None
-        self._plan = self._slots = self._planned = None
+        for rank in self._ranks:
+            rank.transport.close()
+        self._ranks.clear()
+        self._limit = self._mapped = self._plan = self._slots = None
         gc.collect()
         if self._setup is not None and self._setup.devices != (None, None):
             import torch
 
             torch.cuda.empty_cache()
 
-    def copy_limit(self, num_bytes: int) -> float:
-        """As many bytes, copied as one block; seconds."""
-        assert self._limit is not None
-        return self._limit.copy(num_bytes)
-
-    def plan(self, num_pages: int) -> None:
-        """The next move: the first pages of the sequence, over all links of this rank, cut and
-        bounded as the mover does it."""
+    def _move(self, num_pages: int) -> Move:
+        """All links of the pair at once, cut and bounded as the mover does it."""
         setup, plan, slots = self._setup, self._plan, self._slots
         assert setup is not None
         assert plan is not None
         assert slots is not None
-        assert self._transport is not None
-        started = time.perf_counter()
-        size = self._transport.capabilities.write_bytes
-        lanes: dict[int, Lane] = {}
-        for key, write in enumerate(plan.writes(0, 0, slots[0][:num_pages], slots[1][:num_pages])):
-            if write.source == self._rank:
-                piece = _layer_first(setup, key, write) if setup.layer_first else _piece(key, write)
-                lane = lanes.setdefault(write.target, Lane(size, _WRITES_IN_FLIGHT * size))
-                lane.push(0, piece)
-        self._planned = lanes, time.perf_counter() - started
-
-    def move(self, start: float) -> Move:
-        """What was planned, from that time of `perf_counter` on, which all processes share."""
-        assert self._planned is not None
-        assert self._plan is not None
-        assert self._setup is not None
-        transport = self._transport
-        assert transport is not None
-        lanes, plan_s = self._planned
         clock = time.perf_counter
-        deadline = start + 30 + sum_of_bytes(self._plan, self._setup.num_pages) / _SLOWEST
+        before = clock()
+        lanes: dict[tuple[int, int], Lane] = {}
+        for key, write in enumerate(plan.writes(0, 0, slots[0][:num_pages], slots[1][:num_pages])):
+            piece = _layer_first(setup, key, write) if setup.layer_first else _piece(key, write)
+            link = write.source, write.target
+            if link not in lanes:
+                size = self._ranks[write.source].transport.capabilities.write_bytes
+                lanes[link] = Lane(size, _WRITES_IN_FLIGHT * size)
+            lanes[link].push(0, piece)
+        started = clock()
+        deadline = started + 30 + sum_of_bytes(plan, num_pages) / _SLOWEST
         post_s, num_bytes, writes, descriptors = 0.0, 0, 0, 0
-        in_flight: dict[int, tuple[Lane, Piece]] = {}
-        time.sleep(max(0.0, start - clock() - _SPIN_S))
-        while clock() < start:
-            pass
+        in_flight: dict[tuple[int, int], tuple[Lane, Piece]] = {}
         while True:
-            for target, lane in lanes.items():
+            for (source, target), lane in lanes.items():
+                transport = self._ranks[source].transport
                 while (next_piece := lane.pop()) is not None:
                     posting = clock()
                     write_id = transport.write(
@@ -274,23 +252,27 @@ class _End:
                         next_piece.part,
                     )
                     post_s += clock() - posting
-                    in_flight[write_id] = lane, next_piece
+                    in_flight[source, write_id] = lane, next_piece
                     writes += 1
             if not in_flight:
                 break
-            results = transport.poll()
-            for result in results:
-                if result.error is not None:
-                    raise BenchError(f"a write: {result.error}")
-                lane, piece = in_flight.pop(result.write_id)
-                lane.ended(piece)
-                num_bytes += result.bytes_moved
-                descriptors += result.descriptors
+            ended = False
+            for source in {source for source, _ in in_flight}:
+                for result in self._ranks[source].transport.poll():
+                    if result.error is not None:
+                        raise BenchError(f"a write of source rank {source}: {result.error}")
+                    lane, piece = in_flight.pop((source, result.write_id))
+                    lane.ended(piece)
+                    ended = True
+                    num_bytes += result.bytes_moved
+                    descriptors += result.descriptors
             if clock() > deadline:
-                raise BenchError(f"{len(in_flight)} writes did not end in {clock() - start:.0f} s")
-            if in_flight and not results:
-                time.sleep(transport.capabilities.poll_s)
-        return Move(plan_s, post_s, clock() - start, num_bytes, writes, descriptors)
+                raise BenchError(
+                    f"{len(in_flight)} writes did not end in {clock() - started:.0f} s"
+                )
+            if in_flight and not ended:
+                time.sleep(min(each.transport.capabilities.poll_s for each in self._ranks))
+        return Move(started - before, post_s, clock() - started, num_bytes, writes, descriptors)
 
 
 def scramble(num_pages: int, cp: int, seed: int) -> Int32Array:
@@ -350,6 +332,17 @@ def _layer_first(setup: Setup, key: int, write: RankWrite) -> Piece:
 
 def _pool_pages(num_pages: int, replica: ReplicaLayout) -> int:
     return 1 + -(-num_pages // replica.topology.cp)
+
+
+class _Rank:
+    def __init__(self, setup: Setup, side: Side, number: int, transport: Transport) -> None:
+        self.transport = transport
+        try:
+            self.pool = _Pool(setup, side, number)
+            transport.register([self.pool.region])
+        except BaseException:
+            transport.close()
+            raise
 
 
 class _Pool:
@@ -456,12 +449,11 @@ class _Pool:
 
 
 class _Limit:
-    """What the machine can do: the same bytes as one block. Host: memcpy by the source's
-    first process into memory that one of the target's maps too. CUDA: a copy from the source's GPU
-    to the target's."""
+    """What the machine can do: the same bytes as one block. Host: memcpy by the source process into
+    memory that both processes map. CUDA: a copy from the source's GPU to the target's."""
 
-    def __init__(self, pool: _Pool, devices: tuple[int | None, int | None]) -> None:
-        self._pool = pool
+    def __init__(self, pools: list[_Pool], devices: tuple[int | None, int | None]) -> None:
+        self._pools = pools
         self._devices = devices
         self._memory: HostMemory | None = None
         self._words: Any = None
@@ -487,8 +479,11 @@ class _Limit:
 
     def _host_copies(self, num_bytes: int) -> Callable[[], None]:
         assert self._memory is not None
-        to, source = self._memory.address, self._pool.region.address
-        blocks = [(to + start, source, size) for start, size in self._blocks(num_bytes)]
+        address = self._memory.address
+        blocks = [
+            (address + start, pool.region.address, size)
+            for pool, start, size in self._blocks(num_bytes)
+        ]
 
         def run() -> None:
             for block in blocks:
@@ -500,8 +495,8 @@ class _Limit:
         import torch
 
         blocks = [
-            (self._words[start // 8 : (start + size) // 8], self._pool.words[: size // 8])
-            for start, size in self._blocks(num_bytes)
+            (self._words[start // 8 : (start + size) // 8], pool.words[: size // 8])
+            for pool, start, size in self._blocks(num_bytes)
         ]
 
         def run() -> None:
@@ -512,9 +507,12 @@ class _Limit:
 
         return run
 
-    def _blocks(self, num_bytes: int) -> list[tuple[int, int]]:
-        """(start, size): the pool as often as it takes, for it is one rank's of several."""
-        step = len(self._pool.words) * 8
-        return [
-            (start, min(step, num_bytes - start)) for start in range(0, num_bytes, max(1, step))
-        ]
+    def _blocks(self, num_bytes: int) -> Iterator[tuple[_Pool, int, int]]:
+        """From each pool in turn, as often as it takes (targets may replicate what pools hold)."""
+        start = 0
+        while start < num_bytes:
+            for pool in self._pools:
+                size = min(len(pool.words) * 8, num_bytes - start)
+                if size:
+                    yield pool, start, size
+                start += size

@@ -1,5 +1,5 @@
 """The transfer benchmark: what it plans, its figures by hand, its check of bytes, and one small run
-between real processes."""
+between two real processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ from pd.bench.transfer_ends import (
     Setup,
     _layer_first,
     _Pool,
-    join_moves,
     scramble,
     sum_of_bytes,
 )
@@ -144,11 +143,6 @@ def test_a_rows_figures_are_medians() -> None:
     assert (row.descriptors, row.descriptor_bytes) == (1000, 4_000_000)
 
 
-def test_ranks_that_move_together_take_as_long_as_the_slowest() -> None:
-    moves = [Move(0.1, 2.0, 3.0, 10, 1, 4), Move(0.2, 1.0, 5.0, 20, 2, 8)]
-    assert join_moves(moves) == Move(0.2, 2.0, 5.0, 30, 3, 12)
-
-
 def a_report() -> TransferReport:
     large = dataclasses.replace(a_row(), pool="page-first", gb_per_s=8.0, descriptor_bytes=9 << 20)
     other = dataclasses.replace(large, pool="layer-first", gb_per_s=3.0, descriptor_bytes=1 << 17)
@@ -249,7 +243,7 @@ def test_writes_put_every_word_in_its_place(pair: str, layer_first: bool) -> Non
     )
 
 
-# ----------------------------------------------------------------------------------- real processes
+# ------------------------------------------------------------------------------------ two processes
 
 Run_ = Callable[..., tuple[int, str, str]]
 
@@ -324,11 +318,11 @@ def test_options_that_a_backend_refuses_are_an_error(run: Run_) -> None:
 
 
 def test_a_process_that_dies_is_named() -> None:
-    with Ends(2, 1) as ends:
+    with Ends() as ends:
         ends.ask("target", "tear_down")
         for process in multiprocessing.active_children():
             os.kill(process.pid or 0, signal.SIGKILL)
-        with pytest.raises(BenchError, match=r"of \w+ rank \d ended \(signal 9\) during 'clear'"):
+        with pytest.raises(BenchError, match=r"the \w+ process ended \(signal 9\) during 'clear'"):
             ends.ask("target", "clear")
     assert multiprocessing.active_children() == []
 
