@@ -268,7 +268,8 @@ class Keeper:
         first, hashes = offer.first, offer.hashes
         if len(hashes) > first:
             parent = hashes[first - 1] if first else b""
-            self.index.insert(parent, hashes[first:], offer.slots, first, tenant=offer.tenant)
+            tenant = offer.tenant or None
+            self.index.insert(parent, hashes[first:], offer.slots, first, tenant=tenant)
             if self.storage is not None and len(self.index.resident(hashes)[0]) == len(hashes):
                 self.storage.pages_stored(list(hashes), first, now)
         self._cut(offer, first)

@@ -70,6 +70,8 @@ class _Attached:
         """The storage's numbers -> the tier's."""
         self._numbers: dict[int, int] = {}
         """The other way round."""
+        self.is_left_alone = False
+        """As the log has it: it failed again and again."""
 
     @property
     def is_busy(self) -> bool:
@@ -357,7 +359,12 @@ class CacheNode(Node):
                 for key, value in dataclasses.asdict(stats).items()
                 if isinstance(value, int | float)
             }
-            figures["storage_breaker_open"] = float(stats.breaker is not BreakerState.CLOSED)
+            is_open = stats.breaker is not BreakerState.CLOSED
+            figures["storage_breaker_open"] = float(is_open)
+            if is_open != self._attached.is_left_alone:
+                self._attached.is_left_alone = is_open
+                what = "keeps failing; it is left alone for a while" if is_open else "works again"
+                log.warning("%s: storage %s %s", self.name, self._attached.backend, what)
         return figures
 
     def check(self) -> dict[str, object]:
