@@ -55,6 +55,10 @@ def layer_groups(config: Any) -> tuple[LayerGroup, ...]:
         raise UnsupportedModelError(
             f"config.json: {len(layer_types)} layer_types for {num_layers} num_hidden_layers"
         )
+    if latent_rank := getattr(config, "kv_lora_rank", None):
+        # One latent for all heads, and the rotary part of the keys.
+        dim = int(latent_rank) + int(config.qk_rope_head_dim)
+        return (LayerGroup("latent", tuple(range(num_layers)), kv_heads=1, head_dim=dim),)
     groups: dict[tuple[Literal["full", "sliding"], int, int, int], list[int]] = {}
     for layer, (layer_config, layer_type) in enumerate(
         zip(layer_configs, layer_types, strict=True)
@@ -75,8 +79,6 @@ def layer_groups(config: Any) -> tuple[LayerGroup, ...]:
 
 def _refuse_unsupported(config: Any) -> None:
     name = getattr(config, "model_type", "this model")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError(f"{name}: latent attention (MLA) is not served yet")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name}: expected a decoder, found an encoder-decoder")
     if getattr(config, "use_bidirectional_attention", False):
@@ -84,7 +86,8 @@ def _refuse_unsupported(config: Any) -> None:
     if any(mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()):
         raise UnsupportedModelError(f"{name}: layers that share their KV cache are not served yet")
     head_dim, value_dim = getattr(config, "head_dim", None), getattr(config, "v_head_dim", None)
-    if head_dim and value_dim and head_dim != value_dim:
+    is_latent = bool(getattr(config, "kv_lora_rank", None))
+    if head_dim and value_dim and head_dim != value_dim and not is_latent:
         raise UnsupportedModelError(
             f"{name}: keys of {head_dim} and values of {value_dim} dimensions are not served yet"
         )
@@ -216,7 +219,7 @@ def max_context(
     bounds = [] if limit is None else [limit]
     for layout, num_pages in zip(layouts, pages, strict=True):
         group, usable = layout.group, num_pages - 1
-        if group.kind == "full" or usable < _window_pages(layout, role.max_batch_tokens):
+        if group.kind != "sliding" or usable < _window_pages(layout, role.max_batch_tokens):
             bounds.append(usable * layout.page_tokens)
     return min(bounds, default=None)
 
@@ -235,7 +238,7 @@ def _pages(layouts: Sequence[PageLayout], role: RoleSpec, num_pages: int) -> lis
         return [num_pages] * len(layouts)
     return [
         num_pages
-        if layout.group.kind == "full"
+        if layout.group.kind != "sliding"
         else min(num_pages, _sliding_pages(layout, role.max_running, role.max_batch_tokens))
         for layout in layouts
     ]

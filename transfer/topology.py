@@ -60,14 +60,15 @@ class Topology:
     def places(self, group: LayerGroup, num_layers: int, stage: int) -> range:
         """Places within the group's pages (indices into `group.layers`) of the layers that a stage
         holds; empty if it holds none. `num_layers` is the whole model's."""
+        layers = self.stage_layers(num_layers, stage)
+        before = sum(layer < layers.start for layer in group.layers)
+        return range(before, before + sum(layer in layers for layer in group.layers))
+
+    def stage_layers(self, num_layers: int, stage: int) -> range:
+        """The model's layers that a stage holds."""
         if self.stage_ends:
-            first = self.stage_ends[stage - 1] if stage else 0
-            end = self.stage_ends[stage]
-        else:
-            first = stage * num_layers // self.pp
-            end = (stage + 1) * num_layers // self.pp
-        before = sum(layer < first for layer in group.layers)
-        return range(before, before + sum(first <= layer < end for layer in group.layers))
+            return range(self.stage_ends[stage - 1] if stage else 0, self.stage_ends[stage])
+        return range(stage * num_layers // self.pp, (stage + 1) * num_layers // self.pp)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,6 +25,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _MIXED,
     "mistral": {"sliding_window": 24},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_MIXED},
+    "deepseek_v3": {
+        **{"q_lora_rank": 48, "kv_lora_rank": 32, "num_key_value_heads": 4, "head_dim": 8},
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+        **{"n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    },
 }
 """Model type -> what differs from the small shape; windows are short, so that short prompts cross
 them."""

@@ -6,6 +6,13 @@ for all decoding requests of similar length, and one for each prefill chunk. A p
 matrix of rows: a "token row" is the `dim` numbers of one (page, head, layer, k|v, token), a "page
 row" those of all its tokens.
 
+With context parallelism a rank computes the tokens of its own pages and keeps their KV. Queries are
+gathered from all ranks; each attends to its own pages, with a mask on positions in the sequence;
+and the partial results go back to the ranks of the queries, which merge them by log-sum-exp.
+
+Latent attention (MLA) is absorbed: queries are taken into the latent space, and results out of it,
+by the two halves of `kv_b_proj`, so that the one latent of a token is key and value to all heads.
+
 This backend (torch SDPA over gathered pages) is the reference everywhere and the one on the CPU.
 """
 
@@ -16,12 +23,14 @@ import threading
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from pd.engine.batch import StepCommand
 from pd.engine.pool import PagePool
+from pd.engine.ranks import Group
 from pd.messages import Int32Array
 
 IMPLEMENTATION = "pagerelay"
@@ -29,6 +38,8 @@ IMPLEMENTATION = "pagerelay"
 _BUCKET_RATIO = 2
 """Decoding requests share a padded gather while the longest has at most so many times the
 shortest's pages."""
+_MAX_SCORES = 1 << 24
+"""Numbers of a score matrix that are in memory at once, where partial results are calculated."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,8 +51,8 @@ class _Gather:
     decode: bool
     """One query per request, padded to the longest; else one request's chunk."""
     page_rows: torch.Tensor | None
-    """(2, batch, kv_heads, pages): page rows of layer place 0. None: the chunk's own keys are all
-    there is."""
+    """(planes, batch, kv_heads, pages): page rows of layer place 0. None: the chunk's own keys are
+    all there is."""
     mask: torch.Tensor | None
     """Decode: (batch, 1, 1, keys); chunk: (queries, keys); True where attended. None: plain
     causal."""
@@ -51,8 +62,8 @@ class _Gather:
 class _GroupPlan:
     pool: PagePool
     token_rows: torch.Tensor
-    """(2, tokens, kv_heads): token rows of layer place 0 that the step's keys and values are
-    written to."""
+    """(planes, own tokens, kv_heads): token rows of layer place 0 that the step's keys and values
+    are written to."""
     gathers: list[_Gather]
 
 
@@ -61,6 +72,12 @@ class AttentionPlan:
     groups: list[_GroupPlan]
     place: dict[int, tuple[int, int]]
     """Model layer -> (layer group, place in the page)."""
+    own: npt.NDArray[np.int64]
+    """The step's tokens that this rank computes, by number in the packed step; -1 for padding, as
+    all context-parallel ranks compute equally many."""
+    order: torch.Tensor
+    """(tokens,): where the step's tokens are among those of all ranks, end to end."""
+    cp: Group
 
 
 _active = threading.local()
@@ -84,36 +101,69 @@ def plan_attention(
     pools: list[PagePool],
     tables: list[Int32Array],
     place: dict[int, tuple[int, int]],
+    cp: Group,
 ) -> AttentionPlan:
     """Index tensors of one step. `tables[g][row, i]` is the slot of page i, or 0 where there is
-    none."""
+    none: slot // cp.size is a page of the pool of context-parallel rank slot % cp.size."""
     counts, starts, rows = command.counts, command.positions, command.rows
     item_of_token = np.repeat(np.arange(len(rows)), counts)
     first_token = np.concatenate(([0], np.cumsum(counts)[:-1]))
     position = starts[item_of_token] + np.arange(len(item_of_token)) - first_token[item_of_token]
+    page_tokens = pools[0].layout.page_tokens
+    own, order = _deal_out(position // page_tokens, cp)
+    position, item_of_token = position[own], item_of_token[own]
     groups = []
     for pool, table in zip(pools, tables, strict=True):
-        page_tokens = pool.layout.page_tokens
-        pages = table[rows[item_of_token], position // page_tokens]
+        slots = table[rows[item_of_token], position // page_tokens]
+        # Padding goes to the null page.
+        pages = np.where(own < 0, 0, slots // cp.size)
         token_rows = pool.token_rows(pages, position % page_tokens)
-        gathers = _plan_decodes(command, pool, table)
+        gathers = _plan_decodes(command, pool, table, cp)
         for i in np.flatnonzero(counts > 1):
-            begin = int(first_token[i])
-            gathers.append(_plan_chunk(pool, table[rows[i]], int(starts[i]), int(counts[i]), begin))
+            chunk = (int(starts[i]), int(counts[i]), int(first_token[i]))
+            gathers.append(_plan_chunk(pool, table[rows[i]], *chunk, cp))
         groups.append(_GroupPlan(pool, token_rows, gathers))
-    return AttentionPlan(groups, place)
+    return AttentionPlan(groups, place, own, torch.from_numpy(order).to(pools[0].device), cp)
 
 
-def _plan_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> list[_Gather]:
+def _deal_out(
+    pages: npt.NDArray[np.integer], cp: Group
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(own, order) of an AttentionPlan, from the page numbers of the step's tokens."""
+    if cp.size == 1:
+        every = np.arange(len(pages))
+        return every, every
+    shares = [np.flatnonzero(pages % cp.size == rank) for rank in range(cp.size)]
+    each = max(map(len, shares))
+    own = np.full(each, -1, np.int64)
+    own[: len(shares[cp.rank])] = shares[cp.rank]
+    order = np.empty(len(pages), np.int64)
+    for rank, share in enumerate(shares):
+        order[share] = rank * each + np.arange(len(share))
+    return own, order
+
+
+def _own_pages(
+    first_page: npt.NDArray[np.int64], last_page: npt.NDArray[np.int64], cp: Group
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of the pages first_page..last_page of a sequence, those of this rank: the first one's number,
+    and how many; every cp.size-th from there."""
+    first = first_page + (cp.rank - first_page) % cp.size
+    return first, np.maximum(0, (last_page - first) // cp.size + 1)
+
+
+def _plan_decodes(
+    command: StepCommand, pool: PagePool, table: Int32Array, cp: Group
+) -> list[_Gather]:
     """Requests with one token, in runs of similar length (the command has them first, shortest
     first)."""
     num_decodes = int((command.counts == 1).sum())
-    position = command.positions[:num_decodes]
+    position = command.positions[:num_decodes].astype(np.int64)
     page_tokens, group = pool.layout.page_tokens, pool.layout.group
     first_page = np.zeros(num_decodes, np.int64)
     if group.kind == "sliding":
         first_page = np.maximum(0, position - group.window + 1) // page_tokens
-    num_pages = position // page_tokens + 1 - first_page
+    first_page, num_pages = _own_pages(first_page, position // page_tokens, cp)
     gathers, begin = [], 0
     while begin < num_decodes:
         end = begin + 1
@@ -121,12 +171,11 @@ def _plan_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> li
         while end < num_decodes and num_pages[end] <= limit:
             end += 1
         longest = int(num_pages[begin:end].max())
-        index = first_page[begin:end, None] + np.arange(longest)
+        pages = first_page[begin:end, None] + np.arange(longest) * cp.size
         inside = np.arange(longest) < num_pages[begin:end, None]
-        slots = np.where(
-            inside, table[command.rows[begin:end, None], np.minimum(index, table.shape[1] - 1)], 0
-        )
-        key = (first_page[begin:end, None] * page_tokens) + np.arange(longest * page_tokens)
+        row_pages = np.minimum(pages, table.shape[1] - 1)
+        slots = np.where(inside, table[command.rows[begin:end, None], row_pages] // cp.size, 0)
+        key = (pages[..., None] * page_tokens + np.arange(page_tokens)).reshape(end - begin, -1)
         query = position[begin:end, None]
         attended = key <= query
         if group.kind == "sliding":
@@ -138,16 +187,20 @@ def _plan_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> li
 
 
 def _plan_chunk(
-    pool: PagePool, row_table: Int32Array, start: int, count: int, begin: int
+    pool: PagePool, row_table: Int32Array, start: int, count: int, begin: int, cp: Group
 ) -> _Gather:
     page_tokens, group = pool.layout.page_tokens, pool.layout.group
-    if start == 0 and (group.kind == "full" or count <= group.window):
+    if cp.size == 1 and start == 0 and (group.kind != "sliding" or count <= group.window):
         return _Gather(begin, begin + count, False, None, None)
-    first_page = group.first_needed_page(start, page_tokens)
-    last_page = (start + count - 1) // page_tokens
-    slots = row_table[None, first_page : last_page + 1]
+    ends = np.array(
+        [group.first_needed_page(start, page_tokens), (start + count - 1) // page_tokens]
+    )
+    first_page, num_pages = _own_pages(ends[:1], ends[1:], cp)
+    pages = first_page + np.arange(num_pages[0]) * cp.size
+    slots = row_table[None, pages] // cp.size
     query = torch.arange(start, start + count, device=pool.device)[:, None]
-    key = torch.arange(first_page * page_tokens, (last_page + 1) * page_tokens, device=pool.device)
+    positions = (pages[:, None] * page_tokens + np.arange(page_tokens)).reshape(-1)
+    key = torch.from_numpy(positions).to(pool.device)
     mask = key <= query
     if group.kind == "sliding":
         mask &= key > query - group.window
@@ -158,7 +211,7 @@ def paged_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -167,37 +220,82 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """The `transformers` attention interface. query (1, heads, tokens, dim), key and value (1,
     kv_heads, tokens, dim) -> (1, tokens, heads, dim). `s_aux` are gpt-oss's sink logits, one per
-    head."""
+    head. Without `value`, key is latent (`keep_latent`)."""
     plan: AttentionPlan = _active.plan
     group_number, place = plan.place[module.layer_idx]  # type: ignore[index]
     group = plan.groups[group_number]
     pool = group.pool
-    keys_values = torch.stack((key[0], value[0])).transpose(1, 2)  # (2, tokens, kv_heads, dim)
-    stored = keys_values.to(pool.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    value_dim, expand = query.shape[-1], None
+    if value is None:
+        query, value_dim, expand = _absorb(module, query)
+    new = key if value is None else torch.cat((key, value))
+    stored = new.transpose(1, 2).to(pool.dtype)  # (planes, tokens, kv_heads, dim)
     if pool.dtype == torch.float16:
         # An overflow would outlive its request: a masked key times infinity is not nothing.
         stored = torch.nan_to_num(stored)
     pool.write(group.token_rows, place, stored)
-    out = torch.empty_like(query).transpose(1, 2)  # (1, tokens, heads, dim)
+    if plan.cp.size > 1:
+        result = _attend_everywhere(
+            plan, group, place, query[0], value_dim, scaling, s_aux, softcap
+        )
+        return (result if expand is None else expand(result))[None], None
+    out = query.new_empty(query.shape[2], query.shape[1], value_dim)  # (tokens, heads, dim)
     for gather in group.gathers:
         queries = query[0, :, gather.first : gather.last]  # (heads, n, dim)
         if gather.page_rows is not None:
-            keys, values = pool.gather(gather.page_rows, place, query.dtype)
+            keys, values = _keys_values(pool, gather.page_rows, place, query.dtype, value_dim)
         else:
             chunk = stored[:, gather.first : gather.last].to(query.dtype).transpose(1, 2)
-            keys, values = chunk[0][None], chunk[1][None]
-        kv_heads = keys.shape[1]
-        if gather.decode:
-            # A KV head's group of query heads takes the place of the query positions.
-            heads = queries.transpose(0, 1).reshape(
-                gather.last - gather.first, kv_heads, -1, queries.shape[-1]
-            )
-            result = _attend(heads, keys, values, gather.mask, scaling, s_aux, softcap)
-            out[0, gather.first : gather.last] = result.flatten(1, 2)
-        else:
-            result = _attend(queries[None], keys, values, gather.mask, scaling, s_aux, softcap)
-            out[0, gather.first : gather.last] = result[0].transpose(0, 1)
-    return out, None
+            keys, values = chunk[0][None], chunk[-1][None, ..., :value_dim]
+        attended = _attend(
+            _grouped(queries, gather, keys), keys, values, gather.mask, scaling, s_aux, softcap
+        )
+        out[gather.first : gather.last] = _ungrouped(attended, gather)
+    return (out if expand is None else expand(out))[None], None
+
+
+def keep_latent(attention: nn.Module) -> None:
+    """Have an MLA layer hand on the latents of its tokens, not the keys and values of all heads."""
+
+    def expand_kv(latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.cat((latent, rotary), -1), None
+
+    attention.expand_kv = expand_kv  # type: ignore[assignment]
+
+
+def _absorb(module: Any, query: torch.Tensor) -> tuple[torch.Tensor, int, Any]:
+    """(queries in the latent space, dimensions of a result there, the way out)."""
+    plain, rank = module.qk_nope_head_dim, module.kv_lora_rank
+    weights = module.kv_b_proj.weight.view(query.shape[1], -1, rank)  # (heads, plain + v, rank)
+    latent = query[..., :plain] @ weights[:, :plain]
+
+    def expand(result: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("nhr,hvr->nhv", result, weights[:, plain:])
+
+    return torch.cat((latent, query[..., plain:]), -1), rank, expand
+
+
+def _keys_values(
+    pool: PagePool, page_rows: torch.Tensor, place: int, dtype: torch.dtype, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, kv_heads, keys, dim); a latent is both."""
+    planes = pool.gather(page_rows, place, dtype)
+    return planes[0], planes[-1][..., :value_dim]
+
+
+def _grouped(queries: torch.Tensor, gather: _Gather, keys: torch.Tensor) -> torch.Tensor:
+    """(heads, n, dim) -> (batch, heads, queries, dim). For decode a KV head's group of query heads
+    takes the place of the query positions."""
+    if not gather.decode:
+        return queries[None]
+    by_request = queries.transpose(0, 1)
+    return by_request.reshape(len(by_request), keys.shape[1], -1, queries.shape[-1])
+
+
+def _ungrouped(result: torch.Tensor, gather: _Gather) -> torch.Tensor:
+    """-> (n, heads, ...)."""
+    return result.flatten(1, 2) if gather.decode else result[0].transpose(0, 1)
 
 
 def _attend(
@@ -205,7 +303,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    scaling: float,
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
@@ -222,12 +320,7 @@ def _attend(
             scale=scaling,
             enable_gqa=grouped,
         )
-    if grouped:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores, value = _scores(query, key, value, scaling, softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -236,3 +329,85 @@ def _attend(
         scores = torch.cat((scores, sink.expand(scores.shape[0], -1, scores.shape[2], -1)), -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+def _scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, values), KV heads repeated for the query heads that share them."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap, value
+
+
+# --------------------------------------------------------------------------------- context parallel
+
+
+def _attend_everywhere(
+    plan: AttentionPlan,
+    group: _GroupPlan,
+    place: int,
+    query: torch.Tensor,
+    value_dim: int,
+    scaling: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query (heads, own tokens, dim) -> (own tokens, heads, value_dim), over all ranks' pages."""
+    cp, (heads, count, _) = plan.cp, query.shape
+    everybody = cp.all_gather(query.transpose(0, 1)).flatten(0, 1)  # (cp * count, heads, dim)
+    queries = everybody[plan.order].transpose(0, 1)  # (heads, tokens, dim)
+    # With each result goes the logarithm of the sum of its weights.
+    partial = torch.zeros(
+        cp.size * count, heads, value_dim + 1, dtype=torch.float32, device=query.device
+    )
+    for gather in group.gathers:
+        assert gather.page_rows is not None
+        assert gather.mask is not None
+        keys, values = _keys_values(group.pool, gather.page_rows, place, query.dtype, value_dim)
+        asked = _grouped(queries[:, gather.first : gather.last], gather, keys)
+        mask = (
+            gather.mask.expand(len(asked), 1, -1, -1) if gather.decode else gather.mask[None, None]
+        )
+        found = _attend_partly(asked, keys, values, mask, scaling, softcap)
+        partial[plan.order[gather.first : gather.last]] = _ungrouped(found, gather)
+    parts = cp.all_to_all(partial.view(cp.size, count, heads, -1))
+    sums = parts[..., -1]  # (cp, own tokens, heads)
+    if sinks is not None:
+        sums = torch.cat((sums, sinks.float().expand(1, count, heads)))
+    weights = torch.softmax(sums, 0)[: cp.size, ..., None]
+    return (parts[..., :-1] * weights).sum(0).to(query.dtype)
+
+
+def _attend_partly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As `_attend`, but float32 and with one more number for each result: the logarithm of the sum
+    of its weights, minus infinity without a key."""
+    batch, heads, count, _ = query.shape
+    if key.shape[2] == 0:
+        nothing = query.new_zeros(batch, heads, count, value.shape[-1] + 1, dtype=torch.float32)
+        nothing[..., -1] = -torch.inf
+        return nothing
+    at_once = max(1, _MAX_SCORES // (batch * heads * key.shape[2]))
+    parts = []
+    for first in range(0, count, at_once):
+        some = query[:, :, first : first + at_once]
+        of_some = mask if mask.shape[2] == 1 else mask[:, :, first : first + at_once]
+        scores, values = _scores(some, key, value, scaling, softcap)
+        scores = scores.float().masked_fill(~of_some, -torch.inf)
+        sums = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - sums.clamp(min=torch.finfo(torch.float32).min)).exp()
+        parts.append(torch.cat((weights @ values.float(), sums), -1))
+    return torch.cat(parts, 2)

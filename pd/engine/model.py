@@ -6,6 +6,7 @@ Model code is `transformers`'; attention, cache and batching are ours (`attentio
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -14,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pd.cost import layer_groups
 from pd.engine import attention
 from pd.engine.batch import RowStart, StepCommand, StepResult
 from pd.engine.pool import PagePool
+from pd.engine.ranks import Ranks
 from pd.engine.sampler import Sampler
+from pd.engine.shards import load_part
 from pd.messages import SamplingParams
 from pd.spec import ModelSpec
 from transfer.layout import PageLayout
+from transfer.topology import ReplicaLayout
 
 LAYOUT_VERSION = 1
 """Of rule 1's byte order; part of the compatibility check and of every page hash."""
@@ -32,56 +36,74 @@ AttentionInterface.register(attention.IMPLEMENTATION, attention.paged_attention)
 
 
 class ModelRunner:
-    """`layouts` are known once the config is read; `allocate` must be called before `step`."""
+    """The model of one rank. `layouts` are known once the config is read; `allocate` must be called
+    before `step`. With several ranks, all of them run the same steps in the same order."""
 
     def __init__(
-        self, folder: Path, spec: ModelSpec, page_tokens: int, device: torch.device
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        page_tokens: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
+        """Raises UnsupportedModelError."""
         self.device = device
+        self.ranks = ranks = ranks or Ranks(device=device)
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.compute_dtype = compute_dtype(spec, device)
         config = AutoConfig.from_pretrained(folder)
+        text_config = config.get_text_config(decoder=True)
         self.groups = layer_groups(config)
         self.layouts = [
             PageLayout(group, page_tokens, self.dtype.itemsize) for group in self.groups
         ]
-        self.vocab_size: int = config.get_text_config().vocab_size
-        self.max_positions: int | None = getattr(
-            config.get_text_config(), "max_position_embeddings", None
-        )
-        self.model = self._load(folder, spec, config)
-        ends = self.model.generation_config.eos_token_id
-        self.end_tokens: tuple[int, ...] = (
-            () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
-        )
-        self.pools: list[PagePool] = []
+        """Of whole pages, with all heads and layers."""
+        whole = ReplicaLayout(ranks.topology, tuple(self.layouts))
+        self.rank_layouts = [whole.rank_layout(g, ranks.rank) for g in range(len(self.groups))]
+        """Of this rank's part of them."""
+        self.vocab_size: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._hidden_size: int = text_config.hidden_size
+        self._layers = ranks.topology.stage_layers(whole.num_layers, ranks.coord.pp)
         self._place = {
             layer: (number, place)
-            for number, group in enumerate(self.groups)
-            for place, layer in enumerate(group.layers)
+            for number, layout in enumerate(self.rank_layouts)
+            for place, layer in enumerate(layout.group.layers)
         }
+        self.model = self._load(folder, spec, config)
+        self.end_tokens = _end_tokens(folder, self.model)
+        self.pools: list[PagePool] = []
 
     def _load(self, folder: Path, spec: ModelSpec, config: Any) -> Any:
         config._attn_implementation = attention.IMPLEMENTATION
-        if spec.load == "random":
+        options: dict[str, Any] = {"attn_implementation": attention.IMPLEMENTATION}
+        is_random = spec.load == "random"
+        if self.ranks.topology.num_ranks > 1:
+            config = config.get_text_config(decoder=True)
+            config._attn_implementation = attention.IMPLEMENTATION
+            model = load_part(
+                folder, config, self._layers, self.ranks, self.dtype, is_random, **options
+            )
+        elif is_random:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=self.dtype,
-                attn_implementation=attention.IMPLEMENTATION,
-            )
+            options |= {"config": config, "dtype": self.dtype}
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        layers = model.get_decoder().layers
+        for layer, (group, _) in self._place.items():
+            if self.groups[group].kind == "latent":
+                attention.keep_latent(layers[layer].self_attn)
+        if self.ranks.cp.size > 1 and self.ranks.is_last_stage:
+            model.lm_head.register_forward_pre_hook(self._collect_samples)
         return model.to(device=self.device, dtype=self.compute_dtype).eval()
 
     def allocate(self, num_pages: list[int], max_rows: int, max_context: int) -> None:
         """Create the pools (page 0 of each is the null page) and the rows of the running batch."""
         self.pools = [
             PagePool(layout, count, self.dtype, self.device)
-            for layout, count in zip(self.layouts, num_pages, strict=True)
+            for layout, count in zip(self.rank_layouts, num_pages, strict=True)
         ]
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
@@ -102,32 +124,82 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, command: StepCommand) -> StepResult:
-        """Run one command; writes the pools' pages named in it."""
+        """Run one command; writes the pools' pages named in it. Only the rank that samples has
+        tokens to tell. Raises RankError."""
         begin = time.perf_counter()
-        for start in command.starts:
-            self._sampler.start_row(start)
+        ranks = self.ranks
+        if ranks.samples:
+            for start in command.starts:
+                self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
             table[update[:, 0], update[:, 1]] = update[:, 2]
-        plan = attention.plan_attention(command, self.pools, self._tables, self._place)
+        plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
         positions = np.arange(len(command.tokens)) + np.repeat(
             command.positions - (ends - command.counts), command.counts
         )
+        padding = plan.own < 0
+        inputs: dict[str, Any] = {
+            "position_ids": self._tensor(np.where(padding, 0, positions[plan.own]))[None],
+            "use_cache": False,
+        }
+        if ranks.is_first_stage:
+            tokens = np.where(padding, 0, command.tokens[plan.own])
+            inputs["input_ids"] = self._tensor(tokens)[None]
+        else:
+            shape = (1, len(plan.own), self._hidden_size)
+            hidden = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
+            inputs["inputs_embeds"] = ranks.pp.receive(hidden, ranks.coord.pp - 1)
+        result = StepResult([], [], 0.0)
         with attention.use_plan(plan):
-            logits = self.model(
-                input_ids=self._tensor(command.tokens)[None],
-                position_ids=self._tensor(positions)[None],
-                use_cache=False,
-                logits_to_keep=self._tensor(ends[command.sample] - 1),
-            ).logits[0]
-        tokens, logprobs = self._sampler.sample(logits, command) if len(logits) else ([], [])
+            if not ranks.is_last_stage:
+                hidden = self.model.get_decoder()(**inputs).last_hidden_state
+                ranks.pp.send(hidden, ranks.coord.pp + 1)
+            elif command.sample.any():
+                result = self._finish(command, inputs, plan.own, ends)
+            else:
+                self.model.get_decoder()(**inputs)
         if self.device.type == "cuda":
             # The pages are sent next, by somebody who knows nothing of this stream.
             torch.cuda.current_stream(self.device).synchronize()
-        return StepResult(tokens, logprobs, time.perf_counter() - begin)
+        return dataclasses.replace(result, seconds=time.perf_counter() - begin)
+
+    def _finish(
+        self,
+        command: StepCommand,
+        inputs: dict[str, Any],
+        own: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+    ) -> StepResult:
+        """The last stage's part: logits of the items that sample, and their tokens."""
+        last = ends[command.sample] - 1
+        local = np.full(len(command.tokens), -1)
+        local[own[own >= 0]] = np.arange((own >= 0).sum())
+        self._sampled = np.flatnonzero(local[last] >= 0), len(last)
+        keep = self._tensor(local[last[self._sampled[0]]])
+        logits = self.model(logits_to_keep=keep, **inputs).logits[0]
+        if not self.ranks.samples:
+            return StepResult([], [], 0.0)
+        return StepResult(*self._sampler.sample(logits, command), 0.0)
+
+    def _collect_samples(self, _: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """(1, own samples, hidden) -> (1, samples, hidden): each context-parallel rank has the
+        hidden states of its own tokens."""
+        places, count = self._sampled
+        hidden = args[0].new_zeros(count, args[0].shape[-1])
+        hidden[self._tensor(places)] = args[0][0]
+        return (self.ranks.cp.all_reduce(hidden)[None],)
 
     def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
+
+
+def _end_tokens(folder: Path, model: Any) -> tuple[int, ...]:
+    try:
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # it has none of its own
+        ends = model.generation_config.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:

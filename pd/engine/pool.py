@@ -28,8 +28,11 @@ class PagePool:
         # Zeroed, so that a padded gather never multiplies by a stray NaN.
         if device.type == "cpu":
             self._memory = allocate_host(math.prod(shape) * dtype.itemsize, populate=True)
-            flat = torch.frombuffer(self._memory.buffer, dtype=dtype, count=math.prod(shape))
-            self.data = flat.view(shape)
+            # Of a group that a stage has no layers of: nothing.
+            flat = torch.frombuffer(
+                self._memory.buffer, dtype=dtype, count=max(1, math.prod(shape))
+            )
+            self.data = flat[: math.prod(shape)].view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         dim = layout.group.head_dim
@@ -44,32 +47,31 @@ class PagePool:
     def token_rows(
         self, pages: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer]
     ) -> torch.Tensor:
-        """(2, tokens, kv_heads): token rows of layer place 0 for the tokens at (page, offset)."""
+        """(planes, tokens, kv_heads): token rows of layer place 0 of tokens at (page, offset)."""
         rows = self._page_row_numbers(pages)
         return torch.from_numpy(rows * self.layout.page_tokens + offsets[:, None]).to(self.device)
 
     def page_rows(self, slots: npt.NDArray[np.integer]) -> torch.Tensor:
-        """(batch, pages) slots -> (2, batch, kv_heads, pages) page rows of layer place 0."""
-        rows = self._page_row_numbers(slots)  # (2, batch, pages, heads)
+        """(batch, pages) -> (planes, batch, kv_heads, pages) page rows of layer place 0."""
+        rows = self._page_row_numbers(slots)  # (planes, batch, pages, heads)
         return torch.from_numpy(np.ascontiguousarray(rows.swapaxes(-1, -2))).to(self.device)
 
     def _page_row_numbers(self, slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """(...) -> (2, ..., kv_heads)."""
-        heads, layers = self.layout.shape[:2]
-        rows = (slots.astype(np.int64)[..., None] * heads + np.arange(heads)) * (layers * 2)
-        return np.stack((rows, rows + 1))
+        """(...) -> (planes, ..., kv_heads)."""
+        heads, layers, planes = self.layout.shape[:3]
+        rows = (slots.astype(np.int64)[..., None] * heads + np.arange(heads)) * (layers * planes)
+        return np.stack([rows + plane for plane in range(planes)])
 
     def write(self, token_rows: torch.Tensor, place: int, values: torch.Tensor) -> None:
-        """values (2, tokens, kv_heads, dim) of the layer at `place` to the token rows of
+        """values (planes, tokens, kv_heads, dim) of the layer at `place` to the token rows of
         `token_rows`."""
-        rows = (token_rows + place * 2 * self.layout.page_tokens).view(-1)
+        planes = self.layout.group.planes
+        rows = (token_rows + place * planes * self.layout.page_tokens).view(-1)
         self._token_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
 
-    def gather(
-        self, page_rows: torch.Tensor, place: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (batch, kv_heads, pages * page_tokens, dim) of the layer at `place`, as
-        `dtype`."""
-        rows = self._page_rows.index_select(0, (page_rows + place * 2).view(-1))
-        both = rows.view(*page_rows.shape[:3], -1, self.layout.group.head_dim).to(dtype)
-        return both[0], both[1]
+    def gather(self, page_rows: torch.Tensor, place: int, dtype: torch.dtype) -> torch.Tensor:
+        """Keys and values, or latents (planes, batch, kv_heads, pages * page_tokens, dim) of the
+        layer at `place`, as `dtype`."""
+        planes = self.layout.group.planes
+        rows = self._page_rows.index_select(0, (page_rows + place * planes).view(-1))
+        return rows.view(*page_rows.shape[:3], -1, self.layout.group.head_dim).to(dtype)

@@ -187,7 +187,7 @@ def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
         )
         assert not any(slot == 0 for table in sequence.tables for slot in table)
     for group, ours, theirs in zip(case.runner.groups, *pages, strict=True):
-        shape = (group.kv_heads, len(group.layers), 2, PAGE, group.head_dim)
+        shape = (group.kv_heads, len(group.layers), group.planes, PAGE, group.head_dim)
         assert ours.shape == (len(ours), *shape)
         assert len(ours) >= 3
         assert ours.abs().amax(dim=(2, 3, 4, 5)).min() > 0
@@ -209,9 +209,10 @@ def _compare_with_transformers_cache(
     begin = (len(prompt) // PAGE - 1) * PAGE
     for group, content in zip(case.runner.groups, pages, strict=True):
         for place, layer in enumerate(group.layers):
-            for number, expected in enumerate(
-                (cache.layers[layer].keys, cache.layers[layer].values)
-            ):
+            planes = [cache.layers[layer].keys, cache.layers[layer].values]
+            if group.kind == "latent":
+                planes = [torch.cat(planes, -1)]
+            for number, expected in enumerate(planes):
                 found = content[-1, :, place, number]  # (kv_heads, tokens, dim)
                 torch.testing.assert_close(
                     found, expected[0, :, begin : begin + PAGE], atol=1e-4, rtol=1e-4

@@ -102,7 +102,6 @@ def test_layer_groups(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kv_lora_rank": 512}, "latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer 1 is 'linear_attention'"),
