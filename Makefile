@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or 3.12: the first run installs into .venv.
 #   make demo PYTHON=/path/to/python3.12      another interpreter
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench check clean
+.PHONY: help demo test test-matrix lint format bench check clean
 .DELETE_ON_ERROR:
 
 # The first that runs: a pyenv shim for a version that is not there is found, but fails.
@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 help:
 	@echo "make demo     serve examples/local.yaml, show one answer and where its time went"
 	@echo "make test     all tests; make test ARGS='-m \"not e2e\"' leaves out the slow ones"
+	@echo "make test-matrix   model families and parallel shapes, all pairs; ranks killed 50 times"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatting"
 	@echo "make bench    a tiny model, disaggregated beside colocated, under the same load"
@@ -46,6 +47,9 @@ else
 	@$(BIN)/python -m pytest -q -n $$(nproc) --dist worksteal tests/unit tests/contract tests/sim
 	@$(BIN)/python -m pytest -q tests/e2e
 endif
+
+test-matrix: $(INSTALLED)
+	@$(BIN)/python -m pytest -q tests/matrix $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

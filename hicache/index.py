@@ -2,7 +2,9 @@
 used again.
 
 Pure: no torch, no clock; time is a counter of calls. It does not know requests, only references.
-Each layer group has a pool of slots; slot 0 is the null page and never handed out. A slot is
+Each layer group has a pool of slots. Page i of a sequence lies in a slot of stripe i mod cp: slot
+mod cp is the context-parallel rank, slot // cp the page in that rank's pool, of which 0 is the null
+page. So slots 0 to cp - 1 are never handed out, and room is counted by stripe. A slot is
   free    nobody's,
   used    references > 0: its holders' until each has released it; perhaps in the index as well,
   cached  in the index with no reference: it can be matched again, or evicted when room is needed.
@@ -167,14 +169,24 @@ class PageIndex:
         reuse: bool = True,
         order: str = "lru",
         feed: bool = False,
+        cp: int = 1,
     ) -> None:
-        """`num_pages` by group, slot 0 included. `reuse=False`: a mere allocator, nothing is
-        cached. `order`: in which entries are evicted; sliding pages always go least recently used
-        first. `feed`: record changes, which somebody has to take."""
-        if not groups or len(groups) != len(num_pages) or min(num_pages) < 1:
-            raise ValueError(f"{len(groups)} layer groups with pools of {list(num_pages)} pages")
+        """`num_pages` by group, of all `cp` context-parallel ranks together, their null pages
+        included. `reuse=False`: a mere allocator, nothing is cached. `order`: in which entries are
+        evicted; sliding pages always go least recently used first. `feed`: record changes, which
+        somebody has to take."""
+        if (
+            not groups
+            or len(groups) != len(num_pages)
+            or min(num_pages) < cp
+            or any(count % cp for count in num_pages)
+        ):
+            raise ValueError(
+                f"{len(groups)} layer groups with pools of {list(num_pages)} pages, cp {cp}"
+            )
         self.groups = tuple(groups)
         self.page_tokens = page_tokens
+        self.cp = cp
         self.reuse = reuse
         self.evictions = 0
         """Pages evicted, over all groups: for room, for a quota, or to clear a tenant."""
@@ -185,19 +197,26 @@ class PageIndex:
         # holds and order.
         self._linked = bool(self._full)
         self._order = make_order(
-            order, min((num_pages[g] for g in self._full), default=1) - 1, page_tokens
+            order, min((num_pages[g] for g in self._full), default=cp) - cp, page_tokens
         )
         self._runs: dict[bytes, _Run] = {}
         """Each page's."""
         # Of slots that are in no run of a full group.
         self._references = [[0] * count for count in num_pages]
         self._owners: list[list[_Run | None]] = [[None] * count for count in num_pages]
-        # A stack; taken and put back in ascending runs, which transfers merge into one descriptor.
-        self._free = [list(range(1, count)) for count in num_pages]
+        # By group and stripe, a stack; taken and put back in ascending runs, which transfers merge
+        # into one descriptor.
+        self._free = [
+            [list(range(cp + stripe, count, cp)) for stripe in range(cp)] for count in num_pages
+        ]
         self._num_used = [0] * len(groups)
         self._num_evictable = 0  # pages of runs beyond the pinned ones
-        # By group (empty for full ones): cached slots that are not kept, next to be evicted first.
-        self._lru: list[OrderedDict[int, None]] = [OrderedDict() for _ in groups]
+        self._evictable = [0] * cp  # the same by stripe; not kept with one stripe
+        # By group (empty for full ones) and stripe: cached slots that are not kept, next to be
+        # evicted first.
+        self._lru: list[list[OrderedDict[int, None]]] = [
+            [OrderedDict() for _ in range(cp)] for _ in groups
+        ]
         # By group (likewise): pins on a slot.
         self._kept: list[Counter[int]] = [Counter() for _ in groups]
         self._pins: list[tuple[float, int, _Run | None, list[list[int]]]] = []  # heap by end
@@ -205,6 +224,8 @@ class PageIndex:
         self._now = 0
         self._tenant_pages: dict[str, int] = {}
         self._quotas: dict[str, int] = {}
+        self._default_quota: int | None = None
+        """Of every other tenant."""
         self._over: dict[str, None] = {}
         """Tenants with more pages than their quota."""
         self._changes: list[Change] | None = [] if feed else None
@@ -378,15 +399,14 @@ class PageIndex:
                 count = slots[g].index(-1, known)
         if known < count:
             given = [list(group_slots[known:count]) for group_slots in slots]
-            self._check_insertable(given)
+            self._check_insertable(given, first_page + known)
             new = list(hashes[known:count])
             self._insert_new(above, first_page + known, new, given, tenant)
             if self._changes is not None:
                 self._note_stored(hashes[known - 1] if known else parent, new, first_page + known)
             if tenant is not None:
                 self._count(tenant, len(new))
-                if tenant in self._over:
-                    self._evict_tenant(tenant, len(self._runs))
+                self.keep_quota(tenant)
 
     def _insert_new(
         self,
@@ -472,7 +492,7 @@ class PageIndex:
                     if run.slots[g][0] < 0 <= slot:
                         self._adopt(run, g, 0, slot)
             elif max(given) > [-1]:
-                self._check_insertable(given)
+                self._check_insertable(given, first_page + i)
                 run = _Run(0, first_page + i, [page_hash], given, [0] * len(given), None)
                 self._runs[page_hash] = run
                 for g, (slot,) in enumerate(given):
@@ -485,15 +505,25 @@ class PageIndex:
 
     def _adopt(self, run: _Run, group: int, place: int, slot: int) -> None:
         """Fill a sliding page's tombstone."""
-        self._check_insertable([[slot] if g == group else [] for g in range(len(self.groups))])
+        given = [[slot] if g == group else [] for g in range(len(self.groups))]
+        self._check_insertable(given, run.first + place)
         self._owners[group][slot] = run
         run.slots[group][place] = slot
         run.in_use += 1
         if self._linked:
             self._hold_up_to(run, place)
 
-    def _check_insertable(self, slots: list[list[int]]) -> None:
+    def _check_insertable(self, slots: list[list[int]], first_page: int) -> None:
+        cp = self.cp
         for g, group_slots in enumerate(slots):
+            if cp > 1 and any(
+                slot >= 0 and (slot - page) % cp
+                for page, slot in enumerate(group_slots, first_page)
+            ):
+                raise ValueError(
+                    f"layer group {g}: slots {group_slots} from page {first_page} on are not of "
+                    f"their pages' stripes, cp {cp}"
+                )
             if g in self._sliding:
                 group_slots = [slot for slot in group_slots if slot >= 0]
                 if any(self._owners[g][slot] is not None for slot in group_slots):
@@ -527,13 +557,15 @@ class PageIndex:
                         self._owners[g][slot] = None
                         self._references[g][slot] += run.references[g]
                         if not self._references[g][slot]:
-                            self._free[g].append(slot)
+                            self._free[g][slot % self.cp].append(slot)
         self._runs.clear()
         self._order.clear()
         self._num_evictable = 0
+        self._evictable = [0] * self.cp
         self._pins.clear()
         for g in self._sliding:
-            self._lru[g].clear()
+            for line in self._lru[g]:
+                line.clear()
             self._kept[g].clear()
         self._tenant_pages.clear()
         self._over.clear()
@@ -555,7 +587,7 @@ class PageIndex:
             kept[g] = kept[g][self._first_needed(g, len(hashes)) :]
             self._kept[g].update(kept[g])
             for slot in kept[g]:
-                self._lru[g].pop(slot, None)
+                self._lru[g][slot % self.cp].pop(slot, None)
         for g in self._full:
             kept[g] = []
         last = runs[-1] if runs else None
@@ -577,7 +609,7 @@ class PageIndex:
                     if not self._kept[g][slot]:
                         del self._kept[g][slot]
                         if not self._references[g][slot]:
-                            self._lru[g][slot] = None
+                            self._lru[g][slot % self.cp][slot] = None
             if run is not None:
                 run.holds -= 1
                 self._settle(run)
@@ -640,6 +672,8 @@ class PageIndex:
         run.holds += 1
         while run.pinned < len(run.hashes):
             self._num_evictable -= len(run.hashes) - run.pinned
+            if self.cp > 1:
+                self._count_evictable(run, run.pinned, len(run.hashes), -1)
             was_pinned = run.pinned > 0
             run.pinned = len(run.hashes)
             if was_pinned or run.parent is None:
@@ -652,6 +686,8 @@ class PageIndex:
         if place < run.pinned:
             return
         self._num_evictable -= place + 1 - run.pinned
+        if self.cp > 1:
+            self._count_evictable(run, run.pinned, place + 1, -1)
         was_pinned = run.pinned > 0
         run.pinned = place + 1
         if not was_pinned and run.parent is not None:
@@ -663,6 +699,8 @@ class PageIndex:
             pinned = self._last_in_use(run) if run.in_use else 0
             was_pinned = run.pinned > 0
             self._num_evictable += run.pinned - pinned
+            if self.cp > 1:
+                self._count_evictable(run, pinned, run.pinned, 1)
             run.pinned = pinned
             if not run.ticket and run.is_evictable:
                 self._order.offer(run)
@@ -670,6 +708,12 @@ class PageIndex:
                 return
             run = run.parent
             run.holds -= 1
+
+    def _count_evictable(self, run: _Run, begin: int, end: int, sign: int) -> None:
+        """Pages of a run, from place `begin` to before `end`, by stripe."""
+        pages = _by_stripe(run.first + begin, end - begin, self.cp)
+        for stripe, count in enumerate(pages):
+            self._evictable[stripe] += sign * count
 
     def _last_in_use(self, run: _Run) -> int:
         """Pages up to the last one of which a sliding slot is in use."""
@@ -682,17 +726,19 @@ class PageIndex:
 
     # ----------------------------------------------------------------------------------- references
 
-    def allocate(self, group: int, count: int) -> list[int] | None:
-        """`count` slots with one reference each, evicting where needed; None, nothing changed, if
-        too many."""
-        free = self._free[group]
+    def allocate(self, group: int, count: int, first_page: int = 0) -> list[int] | None:
+        """Slots for the pages `first_page`, `first_page + 1`, ... of a sequence, `count` in all,
+        with one reference each, evicting where needed; None, nothing changed, if too many."""
+        if self.cp > 1:
+            return self._allocate_striped(group, count, first_page)
+        free = self._free[group][0]
         if count > len(free):
             if count > self._num_available(group):
                 return None
             if group in self._sliding:
-                self._evict_pages(group, count - len(free))
+                self._evict_pages(group, 0, count - len(free))
             else:
-                self._evict_entries(count - len(free))
+                self._evict_entries([count - len(free)])
         if not count:
             return []
         slots = free[-count:]
@@ -703,9 +749,55 @@ class PageIndex:
         self._num_used[group] += count
         return slots
 
-    def can_allocate(self, counts: Sequence[int]) -> bool:
-        """Whether `allocate` of counts[g] in every group g, in any order, would succeed. Exact."""
-        return all(count <= self._num_available(g) for g, count in enumerate(counts))
+    def _allocate_striped(self, group: int, count: int, first_page: int) -> list[int] | None:
+        cp, free = self.cp, self._free[group]
+        wanted = _by_stripe(first_page, count, cp)
+        if not self._has_room(group, wanted):
+            return None
+        lacking = [need - len(stack) for need, stack in zip(wanted, free, strict=True)]
+        if group not in self._sliding:
+            self._evict_entries(lacking)
+        else:
+            for stripe, missing in enumerate(lacking):
+                self._evict_pages(group, stripe, missing)
+        slots = [0] * count
+        for page in range(first_page, first_page + min(count, cp)):
+            stack, need = free[page % cp], wanted[page % cp]
+            slots[page - first_page :: cp] = stack[-need:]
+            del stack[-need:]
+        references = self._references[group]
+        for slot in slots:
+            references[slot] = 1
+        self._num_used[group] += count
+        return slots
+
+    def can_allocate(
+        self,
+        counts: Sequence[int],
+        first_pages: Sequence[int] | None = None,
+        spare: Sequence[int] = (),
+    ) -> bool:
+        """Whether `allocate` of counts[g] pages from first_pages[g] on (None: from page 0) in every
+        group g, in any order, would succeed, and of one more in each group for each page number in
+        `spare`. Exact."""
+        if self.cp == 1:
+            more = len(spare)
+            return all(count + more <= self._num_available(g) for g, count in enumerate(counts))
+        more_by_stripe = [0] * self.cp
+        for page in spare:
+            more_by_stripe[page % self.cp] += 1
+        for g, count in enumerate(counts):
+            wanted = _by_stripe(first_pages[g] if first_pages else 0, count, self.cp)
+            if not self._has_room(g, list(map(int.__add__, wanted, more_by_stripe))):
+                return False
+        return True
+
+    def _has_room(self, group: int, wanted: Sequence[int]) -> bool:
+        """Whether so many slots of each stripe are free or can be."""
+        lines = self._lru[group]
+        evictable = map(len, lines) if group in self._sliding else self._evictable
+        free = map(len, self._free[group])
+        return all(map(int.__ge__, map(int.__add__, free, evictable), wanted))
 
     def retain(self, group: int, slots: Sequence[int]) -> None:
         """One more reference on each slot; -1 is ignored. Raises ValueError, with nothing changed,
@@ -739,7 +831,8 @@ class PageIndex:
             self._hold(run)
 
     def _use_sliding(self, group: int, slots: Sequence[int]) -> None:
-        references, owners, lru = self._references[group], self._owners[group], self._lru[group]
+        references, owners, lines = self._references[group], self._owners[group], self._lru[group]
+        cp = self.cp
         revived = place = 0
         previous = None
         for slot in slots:
@@ -749,7 +842,7 @@ class PageIndex:
             if references[slot] > 1:
                 continue
             revived += 1
-            lru.pop(slot, None)
+            lines[slot % cp].pop(slot, None)
             run = owners[slot]
             assert run is not None
             run.in_use += 1
@@ -762,11 +855,15 @@ class PageIndex:
                 self._hold_up_to(run, place)
         self._num_used[group] += revived
 
-    def release(self, group: int, slots: Sequence[int], cold: bool = False) -> None:
+    def release(
+        self, group: int, slots: Sequence[int], cold: bool = False, is_use: bool = True
+    ) -> None:
         """Drop one reference on each slot; -1 is ignored. At 0 an indexed slot is cached, another
         one free.
 
         `cold` is for sliding pages that have left the window: they are evicted before all others.
+        `is_use=False`, in full groups: the pages were held for no request, and were last used when
+        they were before.
         Raises ValueError at a slot that has no reference, with those before it released.
         """
         self._now += 1
@@ -785,11 +882,13 @@ class PageIndex:
                     raise ValueError(_unreferenced(group, slot))
                 run = self._part(run, group, slots, i)
                 i += len(run.hashes)
+                if is_use:
+                    self._order.release(run, self._now)
                 self._drop_references(run, group)
                 continue
             i += 1
             if slot >= 0 and self._drop_reference(group, slot):
-                self._free[group].append(slot)
+                self._free[group][slot % self.cp].append(slot)
 
     def _drop_references(self, run: _Run, group: int) -> None:
         """One on each page of a run, in a full group."""
@@ -798,7 +897,6 @@ class PageIndex:
             return
         self._num_used[group] -= len(run.hashes)
         run.is_fresh = False
-        self._order.release(run, self._now)
         run.holds -= 1
         if not run.holds:
             self._settle(run)
@@ -815,7 +913,8 @@ class PageIndex:
         return True
 
     def _release_sliding(self, group: int, slots: Sequence[int], cold: bool) -> None:
-        owners, lru, kept = self._owners[group], self._lru[group], self._kept[group]
+        owners, lines, kept = self._owners[group], self._lru[group], self._kept[group]
+        cp = self.cp
         released: dict[_Run, None] = {}
         try:
             for slot in slots:
@@ -823,14 +922,15 @@ class PageIndex:
                     continue
                 run = owners[slot]
                 if run is None:
-                    self._free[group].append(slot)
+                    self._free[group][slot % cp].append(slot)
                     continue
                 run.in_use -= 1
                 released[run] = None
                 if slot not in kept:
-                    lru[slot] = None
+                    line = lines[slot % cp]
+                    line[slot] = None
                     if cold:
-                        lru.move_to_end(slot, last=False)
+                        line.move_to_end(slot, last=False)
         finally:
             if self._linked:
                 for run in released:
@@ -839,36 +939,68 @@ class PageIndex:
     # ------------------------------------------------------------------------------------- eviction
 
     def _num_available(self, group: int) -> int:
-        """Free and evictable. Pages beyond the pinned ones have only such descendants, so all can
-        go, leaves first; what one group evicts never lowers this for another."""
+        """Free and evictable, with one stripe. Pages beyond the pinned ones have only such
+        descendants, so all can go, leaves first; what one group evicts never lowers this for
+        another. The same holds for each of several stripes."""
+        free = len(self._free[group][0])
         if group in self._sliding:
-            return len(self._free[group]) + len(self._lru[group])
-        return len(self._free[group]) + self._num_evictable
+            return free + len(self._lru[group][0])
+        return free + self._num_evictable
 
-    def _evict_entries(self, count: int) -> None:
-        """Evict so many entries, all groups of them: what tenants have beyond their quotas, then
-        the order's choice among leaves. There are as many."""
+    def _evict_entries(self, lacking: list[int]) -> None:
+        """Evict entries, all groups of them, until so many of each stripe have gone: what tenants
+        have beyond their quotas, then the order's choice among leaves. There are as many."""
         if self._over:
             for tenant in list(self._over):
-                count -= self._evict_tenant(tenant, count)
-        while count:
-            run = self._order.take()
+                self._evict_tenant(tenant, lacking)
+        order = self._order
+        if self.cp == 1:
+            (count,) = lacking
+            while count:
+                run = order.take()
+                assert isinstance(run, _Run), "nothing evictable was offered"
+                count -= self._evict_end(run, count)
+            return
+        while max(lacking) > 0:
+            run = order.take()
             assert isinstance(run, _Run), "nothing evictable was offered"
-            count -= self._evict_end(run, count)
+            self._evict_from(run, lacking, len(run.hashes))
 
-    def _evict_tenant(self, tenant: str, count: int) -> int:
-        """Evict up to `count` of what a tenant has beyond its quota; how many."""
-        count = left = min(count, self._tenant_pages[tenant] - self._quotas[tenant])
-        while left and (run := self._order.take(tenant)) is not None:
+    def _evict_tenant(self, tenant: str, lacking: list[int], coming: int = 0) -> None:
+        """The same, of what a tenant has beyond its quota, or would have with so many more entries,
+        as far as that goes."""
+        quota = self.quota(tenant)
+        most = self._tenant_pages.get(tenant, 0) + coming - quota if quota is not None else 0
+        while most > 0 and max(lacking) > 0 and (run := self._order.take(tenant)) is not None:
             assert isinstance(run, _Run)
-            left -= self._evict_end(run, left)
-        return count - left
+            most -= self._evict_from(run, lacking, most)
+
+    def _evict_from(self, run: _Run, lacking: list[int], most: int) -> int:
+        """Evict the last pages of an evictable run that is not offered, up to `most`, until nothing
+        is lacking; how many."""
+        cp = self.cp
+        if cp == 1:
+            num_gone = self._evict_end(run, min(most, lacking[0]))
+            lacking[0] -= num_gone
+            return num_gone
+        end = run.end
+        # The k-th last page of a stripe is so many from the end.
+        count = max(
+            (end - 1 - stripe) % cp + 1 + (k - 1) * cp for stripe, k in enumerate(lacking) if k > 0
+        )
+        num_gone = self._evict_end(run, min(most, count))
+        for stripe, gone in enumerate(_by_stripe(end - num_gone, num_gone, cp)):
+            lacking[stripe] -= gone
+        return num_gone
 
     def _evict_end(self, run: _Run, count: int) -> int:
         """Evict up to `count` pages of an evictable run that is not offered; how many."""
         first = max(run.pinned, len(run.hashes) - count)
         gone = run.hashes[first:]
         self._num_evictable -= len(gone)
+        cp = self.cp
+        if cp > 1:
+            self._count_evictable(run, first, first + len(gone), -1)
         del run.hashes[first:]
         runs = self._runs
         for page_hash in gone:
@@ -879,11 +1011,18 @@ class PageIndex:
             if g in self._sliding:
                 cut = [slot for slot in cut if slot >= 0]
                 for slot in cut:
-                    del self._lru[g][slot]
+                    del self._lru[g][slot % cp][slot]
             owners = self._owners[g]
             for slot in cut:
                 owners[slot] = None
-            self._free[g] += cut
+            if cp == 1:
+                self._free[g][0] += cut
+            elif g in self._sliding:
+                for slot in cut:
+                    self._free[g][slot % cp].append(slot)
+            else:
+                for place in range(min(cp, len(cut))):
+                    self._free[g][cut[place] % cp] += cut[place::cp]
             self.evictions += len(cut)
         if run.owner is not None:
             self._count(run.owner, -len(gone))
@@ -900,36 +1039,54 @@ class PageIndex:
                 self._order.offer(parent)
         return len(gone)
 
-    def _evict_pages(self, group: int, count: int) -> None:
+    def _evict_pages(self, group: int, stripe: int, count: int) -> None:
         """Evict the first sliding pages in line, which leaves tombstones. There are as many."""
+        line, free = self._lru[group][stripe], self._free[group][stripe]
         for _ in range(count):
-            slot, _ = self._lru[group].popitem(last=False)
+            slot, _ = line.popitem(last=False)
+            self.evictions += 1
             run = self._owners[group][slot]
             assert run is not None
             run.slots[group][run.slots[group].index(slot)] = -1
             self._owners[group][slot] = None
-            self._free[group].append(slot)
+            free.append(slot)
             if not self._linked and max(run.slots) < [0]:
                 del self._runs[run.hashes[0]]
                 if self._changes is not None:
                     self._removed += run.hashes
-        self.evictions += count
 
     # ---------------------------------------------------------------------------- tenants and feed
 
-    def set_quota(self, tenant: str, pages: int | None) -> None:
-        """The most entries a tenant may have, None for any number. What it has beyond goes when it
-        next inserts, or when room is needed."""
+    def set_quota(self, tenant: str | None, pages: int | None) -> None:
+        """The most entries a tenant may have, None for any number; `tenant` None: each that has no
+        quota of its own. What it has beyond goes when it next inserts, or when room is needed."""
         if pages is not None and (pages < 0 or not self._linked):
             raise ValueError(
                 f"a quota of {pages} pages"
                 + ("" if self._linked else ": without a full-attention group there are no tenants")
             )
-        if pages is None:
+        if tenant is None:
+            self._default_quota = pages
+        elif pages is None:
             self._quotas.pop(tenant, None)
         else:
             self._quotas[tenant] = pages
-        self._count(tenant, 0)
+        for name in list(self._tenant_pages) if tenant is None else [tenant]:
+            self._count(name, 0)
+
+    def quota(self, tenant: str) -> int | None:
+        return self._quotas.get(tenant, self._default_quota)
+
+    def keep_quota(self, tenant: str, coming: int = 0) -> None:
+        """Evict what a tenant has beyond its quota, or would have with so many more entries; what
+        is used or pinned stays."""
+        if coming or tenant in self._over:
+            self._evict_tenant(tenant, [len(self._runs)] * self.cp, coming)
+
+    def tenant_of(self, page_hash: bytes) -> str | None:
+        """Whose entry it is; None: nobody's, or there is none."""
+        run = self._runs.get(page_hash)
+        return run.owner if run is not None else None
 
     def tenant_pages(self) -> dict[str, int]:
         """Entries of each tenant that has some."""
@@ -939,7 +1096,8 @@ class PageIndex:
         pages = self._tenant_pages.pop(tenant, 0) + change
         if pages:
             self._tenant_pages[tenant] = pages
-        if pages > self._quotas.get(tenant, pages):
+        quota = self.quota(tenant)
+        if quota is not None and pages > quota:
             self._over[tenant] = None
         else:
             self._over.pop(tenant, None)
@@ -1010,7 +1168,7 @@ class PageIndex:
         return found
 
     def num_free(self, group: int) -> int:
-        return len(self._free[group])
+        return sum(map(len, self._free[group]))
 
     def num_used(self, group: int) -> int:
         return self._num_used[group]
@@ -1018,7 +1176,7 @@ class PageIndex:
     def num_cached(self, group: int) -> int:
         """In the index without a reference. In a full group not all of them need be evictable at
         once: a page stays while one that continues it is used, or it is pinned."""
-        return self._num_pages[group] - 1 - len(self._free[group]) - self._num_used[group]
+        return self._num_pages[group] - self.cp - self.num_free(group) - self._num_used[group]
 
     def check_integrity(self) -> None:
         """Recompute all state from the entries and references. Raises AssertionError. Takes
@@ -1043,13 +1201,14 @@ class PageIndex:
         for g, slots in enumerate(run.slots):
             assert len(slots) == count, f"{run} has {len(slots)} slots in group {g}"
             if g in self._full:
-                assert min(slots) > 0, f"{run} lacks pages in full group {g}"
+                assert min(slots) >= self.cp, f"{run} lacks pages in full group {g}"
                 assert run.references[g] >= 0, f"{run}: {run.references[g]} references"
             else:
                 assert not run.references[g], f"{run} counts references in sliding group {g}"
-            for slot in slots:
+            for page, slot in enumerate(slots, run.first):
                 if slot >= 0:
                     assert self._owners[g][slot] is run, f"slot {slot} of group {g} is not {run}'s"
+                    assert (slot - page) % self.cp == 0, f"page {page} in slot {slot} of group {g}"
         if not self._linked:
             assert count == 1, f"{run} has several pages"
             assert max(run.slots) > [0], f"{run} has no page in any layer group"
@@ -1061,8 +1220,11 @@ class PageIndex:
             assert not self._linked or run.first == 0, f"{run} has no parent"
 
     def _check_pool(self, g: int) -> None:
-        free = set(self._free[g])
-        assert len(free) == len(self._free[g]), f"group {g}: a slot is free twice"
+        free = {slot for stack in self._free[g] for slot in stack}
+        assert len(free) == self.num_free(g), f"group {g}: a slot is free twice"
+        for stripe, (stack, line) in enumerate(zip(self._free[g], self._lru[g], strict=True)):
+            strangers = [slot for slot in (*stack, *line) if slot % self.cp != stripe]
+            assert not strangers, f"group {g}: {strangers} are not of stripe {stripe}"
         used: set[int] = set()
         cached: set[int] = set()
         pool = zip(self._references[g], self._owners[g], strict=True)
@@ -1076,8 +1238,10 @@ class PageIndex:
             elif count:
                 used.add(slot)
             else:
-                assert (slot in free) == (slot > 0), f"slot {g}/{slot}: leaked, or a free null page"
-        assert 0 not in used | cached, f"group {g}: the null page is in use"
+                assert (slot in free) == (slot >= self.cp), (
+                    f"slot {g}/{slot}: leaked, or a free null page"
+                )
+        assert min(used | cached, default=self.cp) >= self.cp, f"group {g}: a null page is in use"
         assert not free & (used | cached), (
             f"group {g}: free slots {free & (used | cached)} have owners"
         )
@@ -1089,15 +1253,15 @@ class PageIndex:
         assert kept == self._kept[g], f"group {g}: kept slots are not those of pins"
         assert kept.keys() <= used | cached, f"group {g}: a kept slot is free"
         if g in self._sliding:
-            line = set(self._lru[g])
-            assert line == cached - kept.keys(), f"group {g}: cached slots are not those in line"
+            in_line = {slot for line in self._lru[g] for slot in line}
+            assert in_line == cached - kept.keys(), f"group {g}: cached slots are not those in line"
         else:
-            assert not self._lru[g], f"full group {g} has an eviction line"
+            assert not any(self._lru[g]), f"full group {g} has an eviction line"
 
     def _check_holds(self, runs: list[_Run]) -> None:
         holds = Counter(run for _, _, run, _ in self._pins if run is not None)
         children: Counter[_Run] = Counter()
-        evictable = 0
+        evictable = [0] * self.cp
         for run in sorted(runs, key=lambda run: run.first, reverse=True):  # children first
             used = [
                 place
@@ -1111,11 +1275,14 @@ class PageIndex:
             pinned = len(run.hashes) if holds[run] else max(used, default=-1) + 1
             assert run.pinned == pinned, f"{run}: {run.pinned} pages pinned, not {pinned}"
             assert run.children == children[run], f"{run}: children not {children[run]}"
-            evictable += len(run.hashes) - pinned
+            for page in range(run.first + pinned, run.end):
+                evictable[page % self.cp] += 1
             if run.parent is not None:
                 children[run.parent] += 1
                 holds[run.parent] += pinned > 0
-        assert evictable == self._num_evictable, f"{evictable} evictable, not {self._num_evictable}"
+        counted = self._evictable if self.cp > 1 else [self._num_evictable]
+        assert evictable == counted, f"{evictable} evictable, not {counted}"
+        assert sum(evictable) == self._num_evictable
 
     def _check_leaves(self, runs: list[_Run]) -> None:
         for run in runs:
@@ -1128,7 +1295,8 @@ class PageIndex:
             if run.owner is not None:
                 pages[run.owner] = pages.get(run.owner, 0) + len(run.hashes)
         assert pages == self._tenant_pages, f"tenants have {pages} pages, not as counted"
-        over = {tenant for tenant, quota in self._quotas.items() if pages.get(tenant, 0) > quota}
+        quotas = {tenant: self.quota(tenant) for tenant in pages}
+        over = {name for name, quota in quotas.items() if quota is not None and pages[name] > quota}
         assert over == self._over.keys(), f"{over} are over their quotas, not {set(self._over)}"
 
 
@@ -1151,6 +1319,11 @@ def _common(one: Sequence[object], begin: int, other: Sequence[object], at: int,
     while count < most and one[begin + count] == other[at + count]:
         count += 1
     return count
+
+
+def _by_stripe(first_page: int, count: int, cp: int) -> list[int]:
+    """How many of `count` pages from `first_page` on each stripe has."""
+    return [(count - 1 - (stripe - first_page) % cp) // cp + 1 for stripe in range(cp)]
 
 
 def _unreferenced(group: int, slot: int) -> str:

@@ -12,6 +12,9 @@ the index only when the replica has said that its copies are complete. A replica
 offer the same pages at the same time: the second gets no room for them, and what it has after them
 is inserted when they are, or not at all.
 
+Pages belong to the tenant that offered them first, and those that storage brought to nobody. A
+tenant with more pages than its quota loses its own first (hicache/index.py).
+
 Everything here may be refused or forgotten: it is a cache. The host tier is prefix-closed, like the
 device tier.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -87,8 +90,13 @@ class Keeper:
         index: PageIndex,
         groups: Sequence[LayerGroup],
         storage: StorageTier | None,
-        send: Callable[[str, FromKeeper], None],
+        send: Callable[[str, FromKeeper], object],
+        quotas: Mapping[str | None, int] = {},
     ) -> None:
+        """`quotas`: pages of tenants; None: of each that has no quota of its own. Raises ValueError
+        for some without a full-attention group: its index knows no tenants."""
+        for tenant, pages in quotas.items():
+            index.set_quota(tenant, pages)
         self.index = index
         self.storage = storage
         self.stats = KeeperStats()
@@ -218,14 +226,20 @@ class Keeper:
     def _offer(self, client: str, message: Offer, hashes: list[bytes]) -> None:
         offer = _Offer(0, hashes, [[] for _ in self._groups], message.tenant)
         self._clients[client][message.serial] = offer
-        first = len(self.index.resident(hashes)[0])
+        there = self.index.resident(hashes)
+        first = len(there[0])
         if all(group.kind == "sliding" for group in self._groups):
             first = max(first, message.first)  # the pages before need not be there
         while first < len(hashes) and hashes[first] in self._coming:
             first += 1
         offer.first = first
         self.stats.offered_pages += len(hashes) - first
+        # What comes before must not make room for what follows, nor seem to be used.
+        for g, slots in enumerate(there):
+            self.index.retain(g, slots)
         count = self._make_room(offer, message.have)
+        for g, slots in enumerate(there):
+            self.index.release(g, slots, is_use=False)
         self.stats.refused_pages += len(hashes) - first - count
         del hashes[first + count :]
         self._coming.update(hashes[first:])
@@ -234,12 +248,18 @@ class Keeper:
     def _make_room(self, offer: _Offer, have: tuple[int, ...]) -> int:
         """Give the pages from `first` on slots; returns for how many there was room."""
         count = len(offer.hashes) - offer.first
+        quota = self.index.quota(offer.tenant) if offer.tenant else None
+        if quota is not None:
+            before = map(self.index.tenant_of, offer.hashes[: offer.first])
+            count = min(count, max(0, quota - list(before).count(offer.tenant)))
         if any(
             begin > offer.first
             for group, begin in zip(self._groups, have, strict=True)
             if group.kind != "sliding"
         ):
             return 0
+        if count and quota is not None:
+            self.index.keep_quota(offer.tenant, count)  # its own go, before others make room
         while count:
             missing = [min(count, max(0, begin - offer.first)) for begin in have]
             counts = [count - absent for absent in missing]
@@ -273,6 +293,8 @@ class Keeper:
             if self.storage is not None and len(self.index.resident(hashes)[0]) == len(hashes):
                 self.storage.pages_stored(list(hashes), first, now)
         self._cut(offer, first)
+        if offer.tenant:
+            self.index.keep_quota(offer.tenant)
 
     def _cut(self, offer: _Offer, end: int) -> None:
         """Give back the slots of the pages from `end` on; nobody copies to them."""

@@ -186,7 +186,7 @@ class Order(ABC):
         """A request reuses it."""
 
     def release(self, run: Run, now: int) -> None:
-        """Its last reference was dropped."""
+        """A request has dropped a reference: the last time before it is offered again counts."""
         run.age = now
 
     def split(self, head: Run, tail: Run) -> None:

@@ -162,9 +162,13 @@ class LoadCost:
         """Of an operation that moves nothing."""
         self._probe_s = probe_s
         self._next_probe = float("-inf")
+        self._is_probing = False
 
     def add_trip(self, seconds: float) -> None:
-        weight = self._WEIGHT if self.latency_s else 1.0
+        """A probe's counts alone: there is no other for a while, and what it is to show is whether
+        the earlier ones still tell anything."""
+        weight = self._WEIGHT if self.latency_s and not self._is_probing else 1.0
+        self._is_probing = False
         self.latency_s += weight * (seconds - self.latency_s)
 
     def add_read(self, num_bytes: int, started: float, ended: float) -> None:
@@ -186,6 +190,7 @@ class LoadCost:
         if now < self._next_probe:
             return Verdict.RECOMPUTE
         self._next_probe = now + self._probe_s
+        self._is_probing = True
         return Verdict.PROBE
 
 
@@ -409,15 +414,16 @@ class Operations:
     def _measure(self, event: Ended, operation: _Operation, now: float) -> None:
         for outcome in event.outcomes:
             self.outcomes[outcome] += 1
+        told = set(event.outcomes) - {Outcome.FAILED, Outcome.REFUSED}
         if operation.kind is OpKind.EXISTS:
-            self.cost.add_trip(event.seconds)
+            if told:  # for how long it fails says nothing about how long it takes
+                self.cost.add_trip(event.seconds)
         else:
             self.bytes_moved[operation.kind] += event.bytes_moved
         if operation.kind is OpKind.GET:
             self.cost.add_read(event.bytes_moved, operation.started, now)
         elif operation.kind is OpKind.PUT:
             self.writes.add(event.bytes_moved, operation.started, now)
-        told = set(event.outcomes) - {Outcome.FAILED, Outcome.REFUSED}
         if told:
             self.breaker.succeeded(event.op_id)
         elif operation.is_cancelled or Outcome.FAILED not in event.outcomes:

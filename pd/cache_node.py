@@ -27,14 +27,14 @@ from hicache.index import PageIndex
 from hicache.keeper import Keeper
 from hicache.messages import Close, Copied, Find, Offer, Take
 from hicache.storage.backends import make_storage
-from hicache.storage.storage import Storage, StorageError
+from hicache.storage.storage import Outcome, Storage, StorageError
 from hicache.storage_io import BreakerState, CancelOp, Effect, Ended, Exists, Get, PagesFreed, Put
 from hicache.storage_tier import StorageTier
 from pd import cost
 from pd.messages import AnyMessage, CacheAnswer, CacheCommand, Heartbeat, Int32Array
 from pd.node import Member, Node, NodeConfig
 from pd.publishing import KvEvents, process_number
-from pd.spec import SpecError
+from pd.spec import EVERY_OTHER_TENANT, SpecError
 
 log = logging.getLogger("pagerelay")
 
@@ -70,8 +70,10 @@ class _Attached:
         """The storage's numbers -> the tier's."""
         self._numbers: dict[int, int] = {}
         """The other way round."""
-        self.is_left_alone = False
-        """As the log has it: it failed again and again."""
+        self._last_error = ""
+        self._lacks_room = False
+        self._said = (False, False)
+        """As the log has it: whether it failed again and again, and whether it is full."""
 
     @property
     def is_busy(self) -> bool:
@@ -97,6 +99,11 @@ class _Attached:
 
     def poll(self, now: float) -> None:
         for result in self.storage.poll():
+            self._last_error = result.error or self._last_error
+            if Outcome.FULL in result.outcomes:
+                self._lacks_room = True
+            elif Outcome.STORED in result.outcomes:
+                self._lacks_room = False
             op_id = self._operations.get(result.operation_id)
             if op_id is None:  # a clear: what was stored meanwhile may be gone
                 self.tier.storage_cleared(now)
@@ -116,6 +123,22 @@ class _Attached:
             if number in self._operations:
                 self.tier.handle(PagesFreed(self._forget(number)), now)
         self.tier.tick(now)
+
+    def log_changes(self, keeper: str) -> None:
+        is_left_alone = self.tier.stats().breaker is not BreakerState.CLOSED
+        was_left_alone, was_full = self._said
+        self._said = (is_left_alone, self._lacks_room)
+        said = []
+        if is_left_alone and not was_left_alone:
+            said.append(f"keeps failing; it is left alone for a while ({self._last_error})")
+        elif was_left_alone and not is_left_alone:
+            said.append("works again")
+        if self._lacks_room and not was_full:
+            said.append("is full: what it has no room for is not kept")
+        elif was_full and not self._lacks_room:
+            said.append("has room again")
+        for what in said:
+            log.warning("%s: storage %s %s", keeper, self.backend, what)
 
     def _forget(self, number: int) -> int:
         op_id = self._operations.pop(number)
@@ -151,7 +174,9 @@ class CacheNode(Node):
             facts |= self._events.facts
         self.spawn(self._poll_loop())
         description = self._pools.describe()
-        return Member(self.name, "cache", self.incarnation, "", transport=description, facts=facts)
+        return Member(
+            self.name, "cache", self.incarnation, "", transports=(description,), facts=facts
+        )
 
     def _load(self) -> None:
         spec = self.spec
@@ -175,7 +200,17 @@ class CacheNode(Node):
             order=spec.cache.eviction,
             feed=bool(spec.cache.events.publish),
         )
-        self._keeper = Keeper(index, groups, None, self.send)
+        full = [g for g, group in enumerate(groups) if group.kind != "sliding"]
+        most = min((self._num_pages[g] - 1 for g in full), default=0)
+        self._quotas = spec.cache.host.quota_pages(most)
+        try:
+            quotas = {
+                None if tenant == EVERY_OTHER_TENANT else tenant: pages
+                for tenant, pages in self._quotas.items()
+            }
+            self._keeper = Keeper(index, groups, None, self.send, quotas)
+        except ValueError as error:
+            raise SpecError(f"cache.host.quotas: {error}") from error
         if spec.cache.storage is not None:
             storage = spec.cache.storage
             try:
@@ -309,6 +344,7 @@ class CacheNode(Node):
                 for top in index.top_prefixes(_TOP)
             ],
             "tenants": dict(Counter(index.tenant_pages()).most_common(_TOP)),
+            "quotas": self._quotas,
         }
 
     # ------------------------------------------------------------------------------------- the node
@@ -345,6 +381,11 @@ class CacheNode(Node):
             "open_exchanges": self._keeper.num_open,
             **dataclasses.asdict(self._keeper.stats),
         }
+        pages = index.tenant_pages()
+        for tenant, quota in self._quotas.items():  # only those that the spec names
+            if tenant != EVERY_OTHER_TENANT:
+                figures[f"tenant_pages:{tenant}"] = pages.get(tenant, 0)
+                figures[f"tenant_quota:{tenant}"] = quota
         for g, pool in enumerate(self._pools.pools):
             figures |= {
                 f"group_{g}_free_pages": index.num_free(g),
@@ -359,12 +400,8 @@ class CacheNode(Node):
                 for key, value in dataclasses.asdict(stats).items()
                 if isinstance(value, int | float)
             }
-            is_open = stats.breaker is not BreakerState.CLOSED
-            figures["storage_breaker_open"] = float(is_open)
-            if is_open != self._attached.is_left_alone:
-                self._attached.is_left_alone = is_open
-                what = "keeps failing; it is left alone for a while" if is_open else "works again"
-                log.warning("%s: storage %s %s", self.name, self._attached.backend, what)
+            figures["storage_breaker_open"] = float(stats.breaker is not BreakerState.CLOSED)
+            self._attached.log_changes(self.name)
         return figures
 
     def check(self) -> dict[str, object]:

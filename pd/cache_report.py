@@ -101,7 +101,12 @@ def _print_keeper(keeper: dict[str, Any], console: Console) -> None:
             line("           it fails, and is left alone for a while")
     tenants = {name: pages for name, pages in keeper["tenants"].items() if name}
     if tenants:
-        texts = (f"{name} {pages:,} pages" for name, pages in tenants.items())
+        quotas = keeper["quotas"]
+        texts = (
+            f"{name} {pages:,} pages"
+            + (f" of {most:,}" if (most := quotas.get(name, quotas.get("*"))) is not None else "")
+            for name, pages in tenants.items()
+        )
         line(f"  tenants  {', '.join(texts)}")
     if keeper["top_prefixes"]:
         table = Table("  top prefix", "from page", "pages", "matches", "tenant", box=None)

@@ -23,6 +23,7 @@ import numpy as np
 
 from hicache.index import PageIndex
 from hicache.messages import Close, Copied, Find, Found, FromKeeper, Offer, Room, Take
+from hicache.writes import SelectiveWrites
 from pd.engine.scheduler import Scheduler, Tracked
 from pd.events import CopyPages, Effect, PagesCopied, Warn
 from pd.messages import AnyMessage, Int32Array, unpack_ints
@@ -39,8 +40,8 @@ _MAX_FETCHES = 256
 _FORGET = 0.8
 _SPARE_SHARE = 0.125
 """Of the device pool: with write_back, what may be evicted without notice."""
-_USES_KEPT = 2
-"""Pages whose uses are known, in device pools."""
+_CHAINS_KEPT = 2
+"""With write_back, those known to have been offered, in pages of the device pool."""
 _OFFERED_SHARE = 0.25
 """Of the device pool, the most pages that wait to be copied out, if they are of several offers."""
 
@@ -111,10 +112,10 @@ class Caching:
         self._writes = spec.host.write if spec.host is not None else ""
         if self._writes == "write_back" and all(group.kind == "sliding" for group in groups):
             self._writes = "write_through"  # such entries are not evicted in an order
-        self._write_hits = spec.host.write_hits if spec.host is not None else 0
         self._pool_pages = index.num_free(0)
-        self._uses: OrderedDict[bytes, int] = OrderedDict()
-        """write_through_selective: of pages in the device tier, those used last at the end."""
+        self._selective: SelectiveWrites | None = None
+        if spec.host is not None and self._writes == "write_through_selective":
+            self._selective = SelectiveWrites(self._pool_pages, spec.host.write_hits)
         self._written: OrderedDict[bytes, None] = OrderedDict()
         """write_back: last pages of chains that were offered."""
         self._storage = spec.storage or StorageCacheSpec.model_construct()
@@ -248,7 +249,9 @@ class Caching:
         hashes = fetch.hashes[: found.num_pages]
         begin = self._index.match(hashes)
         host = [unpack_ints(slots)[begin:] for slots in found.slots]
-        counts = [int((slots >= 0).sum()) for slots in host]
+        # What follows the last page that is not there; of a sliding group the last window.
+        firsts = [int(np.flatnonzero(slots < 0).max(initial=-1)) + 1 for slots in host]
+        counts = [len(slots) - first for slots, first in zip(host, firsts, strict=True)]
         num_tokens = (len(hashes) - begin) * self._page_tokens
         if not num_tokens or not self._speed.is_worth(
             self._bytes(counts), num_tokens, tokens_per_s
@@ -257,15 +260,18 @@ class Caching:
             return
         # What comes before must not make room for what follows.
         fetch.slots = self._index.acquire(hashes[:begin])
-        if not self._index.can_allocate(counts):
+        first_pages = [begin + first for first in firsts]
+        if not self._index.can_allocate(counts, first_pages):
             for g, acquired in enumerate(fetch.slots):
                 self._index.release(g, acquired)
             fetch.slots = []
             self.lacks_pages_since = min(self.lacks_pages_since, fetch.arrived_at)
             return
         for g, wanted in enumerate(host):
-            slots = iter(self._index.allocate(g, counts[g]) or ())
-            fetch.slots[g] += [next(slots) if slot >= 0 else -1 for slot in wanted]
+            slots = self._index.allocate(g, counts[g], first_pages[g])
+            assert slots is not None
+            fetch.slots[g] += [-1] * firsts[g] + slots
+            host[g] = np.where(np.arange(len(wanted)) < firsts[g], -1, wanted)
         fetch.hashes, fetch.begin = hashes, begin
         self._queue.remove(fetch)
         self._num_copying += 1
@@ -280,7 +286,9 @@ class Caching:
             self.bytes_in += event.bytes_moved
             self.seconds_in += event.seconds
             parent = hashes[begin - 1] if begin else b""
-            self._index.insert(parent, hashes[begin:], [pages[begin:] for pages in slots], begin)
+            tenant = fetch.sequence.tenant if fetch.sequence is not None else ""
+            new = [pages[begin:] for pages in slots]
+            self._index.insert(parent, hashes[begin:], new, begin, tenant or None)
             if fetch.sequence is not None and fetch.found is not None:
                 num_read = min(fetch.found.num_read, len(hashes) - begin)
                 fetch.sequence.host_tokens = (len(hashes) - begin) * self._page_tokens
@@ -292,25 +300,19 @@ class Caching:
     def published(self, sequence: Tracked, begin: int, end: int) -> None:
         """Pages of a sequence, from `begin` to before `end`, are complete and in the index."""
         if self._writes == "write_through":
-            self._offer(sequence.hashes[:end], sequence.tables, begin)
+            self._offer(sequence.hashes[:end], sequence.tables, begin, sequence.tenant)
+        else:
+            self._used(sequence, begin, end)
 
     def reused(self, sequence: Tracked, num_pages: int) -> None:
         """So many leading pages of a sequence were found in the device tier."""
-        if self._writes != "write_through_selective" or not self.keeper:
-            return
-        uses, enough = self._uses, self._write_hits - 1  # they were used when they were computed
-        begin = end = 0
-        for page, page_hash in enumerate(sequence.hashes[:num_pages]):
-            count = uses.pop(page_hash, 0) + 1
-            uses[page_hash] = count
-            if count == enough and not end:
-                begin = page
-            if count >= enough:
-                end = page + 1
-        while len(uses) > _USES_KEPT * self._pool_pages:
-            uses.popitem(last=False)
-        if end:
-            self._offer(sequence.hashes[:end], sequence.tables, begin)
+        self._used(sequence, 0, num_pages)
+
+    def _used(self, sequence: Tracked, begin: int, end: int) -> None:
+        if self._selective is not None and self.keeper:
+            first, last = self._selective.used(sequence.hashes[:end], begin)
+            if last:
+                self._offer(sequence.hashes[:last], sequence.tables, first, sequence.tenant)
 
     def _write_back(self) -> None:
         """Offer what is next to be evicted, in time."""
@@ -322,11 +324,14 @@ class Caching:
             if hashes[-1] in written:
                 continue
             written[hashes[-1]] = None
-            while len(written) > _USES_KEPT * self._pool_pages:
+            while len(written) > _CHAINS_KEPT * self._pool_pages:
                 written.popitem(last=False)
-            self._offer(hashes, self._index.resident(hashes), len(hashes) - 1)
+            tenant = self._index.tenant_of(hashes[-1]) or ""
+            self._offer(hashes, self._index.resident(hashes), len(hashes) - 1, tenant)
 
-    def _offer(self, hashes: list[bytes], tables: Sequence[Sequence[int]], new: int) -> None:
+    def _offer(
+        self, hashes: list[bytes], tables: Sequence[Sequence[int]], new: int, tenant: str
+    ) -> None:
         end = len(hashes)
         if not self.keeper:
             return
@@ -341,7 +346,7 @@ class Caching:
         self._open[offer.serial] = offer
         have = tuple(_first_held(pages) for pages in slots)
         chain = b"".join(hashes)
-        self._tell(offer.serial, lambda s, floor: Offer(s, floor, new, chain, have))
+        self._tell(offer.serial, lambda s, floor: Offer(s, floor, new, chain, have, tenant))
 
     def _copy_out(self, offer: _Offering, room: Room) -> None:
         host = [unpack_ints(slots[: len(slots) // 4 * 4]) for slots in room.slots]
@@ -406,7 +411,8 @@ class Caching:
         self._open.pop(exchange.serial)
         self._tell(exchange.serial, Close)
         for g, slots in enumerate(exchange.slots):
-            self._index.release(g, slots)
+            # What goes out because it is next to be evicted must stay so.
+            self._index.release(g, slots, is_use=isinstance(exchange, _Fetch))
         if isinstance(exchange, _Offering):
             self._num_offered -= exchange.new
             return

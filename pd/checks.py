@@ -15,6 +15,7 @@ from transfer.layout import LayerGroup
 
 _HASH_BYTES = 32
 _TOKEN_BYTES = 4
+_MAX_TENANT_LENGTH = 128
 _MOST_TOKENS = 1 << 28
 """That a request may generate; a buffer for them is reserved, though not filled."""
 
@@ -41,6 +42,7 @@ def _is_prompt_sound(message: Generate | Reserve, page_tokens: int) -> bool:
         and len(message.page_hashes) == num_tokens // page_tokens * _HASH_BYTES
         and 1 <= message.sampling.max_tokens <= _MOST_TOKENS
         and math.isfinite(message.timeout_s)
+        and len(message.tenant) <= _MAX_TENANT_LENGTH
     )
 
 

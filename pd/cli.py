@@ -18,8 +18,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pd.cost import Cost
-    from pd.spec import ClusterSpec
+    from pd.cost import Cost, RankParts
+    from pd.spec import ClusterSpec, Role
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -133,11 +133,15 @@ def check(spec: SpecPath, as_json: AsJson = False) -> None:
         folder = resolve_model(loaded.model.path, progress=progress, weights=False)
         config = load_config(folder)
         weights = weights_bytes(folder, loaded.model.dtype)
-        cost = estimate_cost(loaded, config, weights, _free_memory(loaded))
+        parts = _rank_parts(loaded, config)
+        cost = estimate_cost(loaded, config, weights, _free_memory(loaded), parts)
     except (SpecError, ModelError, UnsupportedModelError) as error:
         raise _Failure(f"{spec}: {error}", 2) from error
     resolved = loaded.model_dump(mode="json")
     resolved["api"]["keys"] = ["***"] * len(loaded.api.keys)
+    resolved["api"]["tenants"] = {
+        tenant: ["***"] * len(keys) for tenant, keys in loaded.api.tenants.items()
+    }
     if as_json:
         print(json.dumps({"spec": resolved, "cost": describe(cost)}, indent=2))
         return
@@ -145,6 +149,21 @@ def check(spec: SpecPath, as_json: AsJson = False) -> None:
 
     print(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=False))
     _print_cost(cost, _console())
+
+
+def _rank_parts(spec: ClusterSpec, config: Any) -> dict[Role, RankParts]:
+    """Of the roles with several ranks."""
+    shapes = {role: each.topology for role, each in spec.roles.items()}
+    if all(shape.num_ranks == 1 for shape in shapes.values()):
+        return {}
+    from pd.engine.shards import rank_parts
+    from transfer.topology import Topology
+
+    return {
+        role: rank_parts(Topology(shape.tp, shape.pp, shape.cp), config)
+        for role, shape in shapes.items()
+        if shape.num_ranks > 1
+    }
 
 
 def _free_memory(spec: ClusterSpec) -> dict[str, int | None]:
@@ -188,7 +207,7 @@ def _print_cost(cost: Cost, console: Console) -> None:
     groups = Table("group", "attention", "layers", "KV heads", "head", "token", page, box=None)
     for number, layout in enumerate(cost.layouts):
         group = layout.group
-        kind = f"sliding {group.window}" if group.kind == "sliding" else "full"
+        kind = f"sliding {group.window}" if group.kind == "sliding" else group.kind
         groups.add_row(
             str(number),
             kind,
@@ -199,9 +218,9 @@ def _print_cost(cost: Cost, console: Console) -> None:
             format_bytes(layout.page_bytes),
         )
     console.print(groups)
-    roles = Table(
-        "role", "replicas", "ranks", "device", "pages by group", "KV a rank", "longest", box=None
-    )
+    roles = Table("role", "replicas", "ranks", "device", "weights a rank", box=None)
+    for title in ("pages by group", "KV a rank", "longest"):
+        roles.add_column(title)
     for role in cost.roles:
         low, high = role.min_replicas, role.max_replicas
         roles.add_row(
@@ -209,6 +228,7 @@ def _print_cost(cost: Cost, console: Console) -> None:
             str(low) if low == high else f"{low} to {high}",
             str(low * role.ranks) if low == high else f"{low * role.ranks} to {high * role.ranks}",
             role.device,
+            size(role.weights_bytes),
             "by the worker" if role.pages is None else ", ".join(f"{n:,}" for n in role.pages),
             size(role.kv_bytes),
             "by the worker" if role.max_context is None else f"{role.max_context:,}",
@@ -801,6 +821,16 @@ def bench_multiturn(
 # ------------------------------------------------------------------------------------------- replay
 
 
+def _blocks(text: str) -> int:
+    from hicache.replay import INFINITE
+
+    if text == "infinite":
+        return INFINITE
+    if not text.isdecimal() or not 0 < int(text) < INFINITE:
+        raise typer.BadParameter(f"found {text!r}, expected a number of blocks or infinite")
+    return int(text)
+
+
 @app.command()
 def replay(
     trace: Annotated[
@@ -816,13 +846,38 @@ def replay(
         list[str],
         typer.Option(help="lru, lfu, slru, s3fifo or cost; may be given again. Default: all."),
     ] = [],  # noqa: B006
+    host: Annotated[
+        list[int],
+        typer.Option(
+            parser=_blocks,
+            metavar="BLOCKS",
+            help="A host tier below the device tier: a number or infinite; may be given again.",
+        ),
+    ] = [],  # noqa: B006
+    storage: Annotated[
+        list[int],
+        typer.Option(parser=_blocks, metavar="BLOCKS", help="Likewise, a storage behind it."),
+    ] = [],  # noqa: B006
+    write: Annotated[
+        list[str],
+        typer.Option(
+            help="With --host: write_through (default), write_through_selective or write_back; "
+            "may be given again."
+        ),
+    ] = [],  # noqa: B006
+    write_hits: Annotated[
+        int, typer.Option(min=1, help="Uses after which write_through_selective offers a block.")
+    ] = 2,
     block_tokens: Annotated[int, typer.Option(min=1, help="Of the trace's blocks.")] = 512,
     as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the hit rates.")
     ] = None,
 ) -> None:
-    """Replay a trace through the page index: hit rates beside an infinite cache and the optimum."""
+    """Replay a trace through the page index: hit rates beside an infinite cache and the optimum.
+
+    Sizes are in blocks. With several tiers, each block counts in the first that had it.
+    """
     from rich.progress import Progress
 
     from pd.bench.errors import BenchError
@@ -840,6 +895,10 @@ def replay(
         options = ReplayOptions(
             capacities=tuple(capacity) or ReplayOptions().capacities,
             orders=tuple(order) or ReplayOptions().orders,
+            hosts=tuple(host),
+            storages=tuple(storage),
+            writes=tuple(write) or ReplayOptions().writes,
+            write_hits=write_hits,
         )
         check_replay_options(options)
         loaded = load_trace(trace, block_tokens)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pd.spec import ClusterSpec, Role, RoleSpec, SpecError
 from transfer.layout import LayerGroup, PageLayout
+from transfer.topology import RankCoord, ReplicaLayout, Topology
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -209,16 +210,21 @@ def plan_host(layouts: Sequence[PageLayout], memory_bytes: int) -> list[int]:
 
 
 def max_context(
-    layouts: Sequence[PageLayout], pages: Sequence[int], role: RoleSpec, limit: int | None = None
+    layouts: Sequence[PageLayout],
+    pages: Sequence[int],
+    role: RoleSpec,
+    limit: int | None = None,
+    cp: int = 1,
 ) -> int | None:
-    """Longest prompt and output together that one request can have, alone in these pools.
+    """Longest prompt and output together that one request can have, alone in these pools, of which
+    each of `cp` ranks has some.
 
     `limit` is the model's own. None: there is no limit, as all groups slide and have room for a
     window.
     """
     bounds = [] if limit is None else [limit]
     for layout, num_pages in zip(layouts, pages, strict=True):
-        group, usable = layout.group, num_pages - 1
+        group, usable = layout.group, (num_pages - 1) * cp
         if group.kind != "sliding" or usable < _window_pages(layout, role.max_batch_tokens):
             bounds.append(usable * layout.page_tokens)
     return min(bounds, default=None)
@@ -273,8 +279,18 @@ def _ceil(value: int, divisor: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RankParts:
+    """How the ranks of a replica share a model (pd/engine/shards.py)."""
+
+    topology: Topology
+    """With its stages."""
+    parameters: tuple[int, ...]
+    """Of one rank, by stage."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RoleCost:
-    """One role; sizes are of one rank."""
+    """One role; sizes are of one rank, the largest."""
 
     role: Role
     device: str
@@ -282,6 +298,7 @@ class RoleCost:
     max_replicas: int
     ranks: int
     """Of one replica."""
+    weights_bytes: int | None
     resources: Mapping[str, float]
     pages: tuple[int, ...] | None
     """By layer group; None: decided on the worker, from its free memory."""
@@ -310,8 +327,10 @@ def estimate_cost(
     config: Any,
     weights: int | None,
     free_memory: Mapping[str, int | None],
+    parts: Mapping[Role, RankParts] = {},
 ) -> Cost:
     """Join spec and model. `free_memory` has bytes by device before loading; None where unknown.
+    `parts` are those of the roles with several ranks.
 
     Raises UnsupportedModelError, and SpecError where the spec asks for what the model or the pools
     cannot.
@@ -327,15 +346,21 @@ def estimate_cost(
     roles = []
     for role, role_spec in spec.roles.items():
         free = free_memory.get(role_spec.device)
+        stages = _stages(layouts, weights, parts.get(role), ELEMENT_BYTES[spec.model.dtype])
         pages: list[int] | None = None
         if role_spec.pool.memory_fraction is None or free is not None:
-            left = None if free is None else free - (weights or 0)
             try:
-                pages = plan_pools(layouts, role_spec, left)
+                fitting = [
+                    plan_pools(held, role_spec, None if free is None else free - (size or 0))
+                    for held, size in stages
+                ]
             except SpecError as error:
                 raise SpecError(f"roles.{role}.{error}") from None
-        longest = limit if pages is None else max_context(layouts, pages, role_spec, limit)
+            pages = [min(counts) for counts in zip(*fitting, strict=True)]
+        cp = role_spec.topology.cp
+        longest = limit if pages is None else max_context(layouts, pages, role_spec, limit, cp)
         check_context(role, longest, wanted)
+        sizes = [size for _, size in stages if size is not None]
         roles.append(
             RoleCost(
                 role=role,
@@ -343,9 +368,12 @@ def estimate_cost(
                 min_replicas=role_spec.replicas.min,
                 max_replicas=role_spec.replicas.max,
                 ranks=role_spec.topology.num_ranks,
+                weights_bytes=max(sizes, default=None),
                 resources=role_spec.rank_resources(),
                 pages=None if pages is None else tuple(pages),
-                kv_bytes=None if pages is None else _pool_bytes(layouts, pages),
+                kv_bytes=None
+                if pages is None
+                else max(_pool_bytes(held, pages) for held, _ in stages),
                 max_context=None if pages is None else longest,
             )
         )
@@ -360,6 +388,20 @@ def estimate_cost(
         roles=tuple(roles),
         max_context=longest,
     )
+
+
+def _stages(
+    layouts: Sequence[PageLayout], weights: int | None, parts: RankParts | None, element_bytes: int
+) -> list[tuple[list[PageLayout], int | None]]:
+    """(layouts of its pages, bytes of weights) of the first rank of each stage."""
+    if parts is None:
+        return [(list(layouts), weights)]
+    replica = ReplicaLayout(parts.topology, tuple(layouts))
+    ranks = [parts.topology.rank(RankCoord(0, 0, pp)) for pp in range(parts.topology.pp)]
+    return [
+        ([replica.rank_layout(group, rank) for group in range(len(layouts))], count * element_bytes)
+        for rank, count in zip(ranks, parts.parameters, strict=True)
+    ]
 
 
 def describe(cost: Cost) -> dict[str, Any]:
@@ -389,6 +431,7 @@ def describe(cost: Cost) -> dict[str, Any]:
                 "device": role.device,
                 "replicas": {"min": role.min_replicas, "max": role.max_replicas},
                 "ranks_per_replica": role.ranks,
+                "weights_bytes_per_rank": role.weights_bytes,
                 "resources_per_rank": dict(role.resources),
                 "pages": {"device": None if role.pages is None else list(role.pages)},
                 "kv_bytes": role.kv_bytes,

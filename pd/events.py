@@ -10,8 +10,19 @@ import numpy.typing as npt
 from pd.engine.batch import StepCommand, StepResult
 from pd.messages import AnyMessage, Int32Array
 from pd.spec import MemberRole
-from transfer.topology import Topology
+from transfer.topology import RankCoord, Topology
 from transfer.transport import PagePart
+
+
+def on_rank(
+    slots: Int32Array, topology: Topology, coord: RankCoord
+) -> tuple[slice | npt.NDArray[np.bool_], Int32Array]:
+    """(which of a replica's slots a rank has, as a mask or slice; their pages in its pool)."""
+    if topology.cp == 1:
+        return slice(None), slots
+    own = slots % topology.cp == coord.cp
+    return own, slots[own] // topology.cp
+
 
 # ------------------------------------------------------------------------------------------- events
 
@@ -96,7 +107,8 @@ class RunStep:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Write:
     """Write pages of one layer group, or the same part of each, from one of our ranks to one of
-    `peer`'s; answered by `Written`."""
+    `peer`'s; answered by `Written`. Pages are those of the two ranks' pools, unlike everywhere else
+    here, where they are slots of the replica (hicache/index.py)."""
 
     write_id: int
     peer: str

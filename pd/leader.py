@@ -116,8 +116,12 @@ class Leader:
         verify: bool = False,
         cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
         on_stored: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
+        max_in_flight: int = 1,
     ) -> None:
-        """`on_stored`: these pages of a sequence may have entered the index."""
+        """`on_stored`: these pages of a sequence may have entered the index. `max_in_flight`:
+        steps; their `StepDone` come in their order."""
+        if index.cp != topology.cp:
+            raise ValueError(f"an index of cp {index.cp} for a replica of {topology}")
         self.name = name
         self.index = index
         groups = tuple(layout.group for layout in layouts)
@@ -131,6 +135,7 @@ class Leader:
             self._published,
             lambda sequence, num_pages: self._caching.reused(sequence, num_pages),
             self._fetch,
+            max_in_flight,
         )
         self._groups = groups
         self._page_tokens = page_tokens
@@ -316,7 +321,8 @@ class Leader:
     def _track(self, message: Generate | Reserve, now: float) -> Tracked:
         hashes = split_hashes(message.page_hashes)
         prompt = unpack_ints(message.prompt)
-        return Tracked(prompt, message.sampling, message.root, hashes, len(self._groups), now)
+        num_groups, tenant = len(self._groups), message.tenant
+        return Tracked(prompt, message.sampling, message.root, hashes, num_groups, now, tenant)
 
     def _place(self, generation: _Generation, now: float) -> None:
         """Queue it for a handover or, with little to compute or nobody to ask, for our own
@@ -520,13 +526,12 @@ class Leader:
     def _run_step(self, now: float) -> None:
         # Those that are still to reserve pages found too few.
         first = self._reserving[0].sequence.arrived_at if self._reserving else math.inf
-        command = self.scheduler.plan(now, min(first, self._caching.lacks_pages_since))
-        if command is None:
-            return
-        for start in command.starts:
-            sequence = next(s for s in self.scheduler.running if s.row == start.row)
-            self._sending.started(sequence, now)
-        self._effects.append(RunStep(command))
+        lacks_pages_since = min(first, self._caching.lacks_pages_since)
+        while (command := self.scheduler.plan(now, lacks_pages_since)) is not None:
+            for start in command.starts:
+                sequence = next(s for s in self.scheduler.running if s.row == start.row)
+                self._sending.started(sequence, now)
+            self._effects.append(RunStep(command))
 
     def _step_done(self, result: StepResult, now: float) -> None:
         self._counts["steps"] += 1

@@ -7,6 +7,7 @@ ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
 digests laid end to end.
 
 Protocol versions:
+4  requests have a tenant: Generate, Reserve.
 3  a node's keeper: Find, Take, Offer, Copied, Close, Found, Room (hicache/messages.py); how many
    cached tokens came from which tier.
 2  the header has the addressee's incarnation; handovers are named by a serial, and every message to
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from hicache.messages import Close, Copied, Find, Found, Offer, Room, Take
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _MAGIC = b"PRLY"
 _HEADER = struct.Struct("<4sHQQ")
 
@@ -112,7 +113,8 @@ class RequestStats(msgspec.Struct, array_like=True):
 
 
 class GroupPages(msgspec.Struct, frozen=True, array_like=True):
-    """Target pages of one layer group: page i of the sequence goes to `pages[i - first_page]`."""
+    """Target pages of one layer group: page i of the sequence goes to `pages[i - first_page]`, a
+    slot of the receiver (hicache/index.py)."""
 
     first_page: int
     pages: bytes
@@ -183,6 +185,8 @@ class Generate(Message, frozen=True, tag="generate"):
     prefill: str
     """Name of the prefill replica; empty: the receiving replica prefills."""
     timeout_s: float
+    tenant: str = ""
+    """Whose pages these will be in the caches; empty: nobody's."""
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -210,6 +214,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     timeout_s: float
     verify: bool = False
     """Digests of the pages are wanted with the last `PagesWritten`."""
+    tenant: str = ""
 
 
 class Ask(Message, frozen=True, tag="ask"):
@@ -337,6 +342,22 @@ class CacheAnswer(Message, frozen=True, tag="cache_answer"):
     """JSON."""
 
 
+# ----------------------------------------------------------------------------------------- of ranks
+
+
+class RankOrder(Message, frozen=True, tag="rank_order"):
+    """A leader to another rank of its replica."""
+
+    effect: bytes
+    """pd/rank.py encodes and decodes it."""
+
+
+class RankReport(Message, frozen=True, tag="rank_report"):
+    """A rank to its leader."""
+
+    event: bytes
+
+
 AnyMessage = (
     Generate
     | Abort
@@ -360,6 +381,8 @@ AnyMessage = (
     | Heartbeat
     | CacheCommand
     | CacheAnswer
+    | RankOrder
+    | RankReport
 )
 
 

@@ -12,11 +12,12 @@ it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Member(msgspec.Struct, frozen=True):
     """ZMQ endpoint of its PULL socket."""
     compat: dict[str, str] = {}
     """What replicas must have in common, by name."""
-    transport: bytes = b""
+    transports: tuple[bytes, ...] = ()
+    """By rank: what a transport needs to connect to it. A keeper's: the host tier."""
     max_context: int = 0
     vocab_size: int = 0
     end_tokens: tuple[int, ...] = ()
@@ -60,7 +62,7 @@ class Member(msgspec.Struct, frozen=True):
 
     @property
     def is_replica(self) -> bool:
-        return self.role is not None and self.role != "cache"
+        return self.role not in (None, "cache", "rank")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,6 +80,10 @@ class NodeConfig:
     """tcp: the cluster's public and secret CURVE key."""
     host: str = ""
     """tcp: the address to bind, and to be reached at."""
+    rank: int = 0
+    """Of its replica; 0 has the leader."""
+    replica: str = ""
+    """Whose rank it is; empty: its own."""
 
 
 class Node:
@@ -89,6 +95,8 @@ class Node:
         self.name = config.name
         self.incarnation = secrets.randbits(64)
         self.dropped_messages = 0
+        self.meeting: tuple[str, int] | None = None
+        """Where the ranks of a replica of several find each other; set before `start`."""
         self.failure = ""
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
@@ -137,6 +145,7 @@ class Node:
     # ------------------------------------------------------------------------------------ lifecycle
 
     async def start(self) -> Member:
+        self._loop = asyncio.get_running_loop()
         address = self._bind()
         member = await self.prepare()
         self.spawn(self._receive_loop())
@@ -157,6 +166,12 @@ class Node:
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
 
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """On the event loop, from any thread."""
+        # The loop may have been closed by a stop meanwhile.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
     async def stop(self) -> None:
         await self.shut_down()
         for task in self._tasks:
@@ -169,7 +184,8 @@ class Node:
         self._context.term()
 
     def set_members(self, members: list[Member], reason: str = "") -> None:
-        """The list of live nodes; `reason` says why some are gone."""
+        """The list of live nodes, in the order in which they are to be known; `reason` says why
+        some are gone."""
         wanted = {m.name: m for m in members if m.name != self.name}
         for name, member in list(self._members.items()):
             if name not in wanted or wanted[name].incarnation != member.incarnation:
@@ -220,7 +236,7 @@ class Node:
         outbound.connect(address)
         return outbound
 
-    def send(self, to: str, message: AnyMessage) -> None:
+    def send(self, to: str, message: AnyMessage) -> bool:
         """Queue a message; dropped (and counted) when `to` is no member or does not read."""
         member = self._members.get(to)
         try:
@@ -230,6 +246,8 @@ class Node:
             self._outbound[to].send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self.dropped_messages += 1
+            return False
+        return True
 
     async def _receive_loop(self) -> None:
         while True:

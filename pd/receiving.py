@@ -168,6 +168,7 @@ class Receiving:
             targets,
             deadline - now,
             self._verify,
+            sequence.tenant,
         )
         incoming = _Incoming(peer, handover, reserve, deadline, sequence, after_mismatch)
         self._incoming[peer, handover.serial] = self._by_sequence[sequence] = incoming
@@ -329,7 +330,8 @@ class Receiving:
             for table, last in zip(sequence.tables, ends, strict=True)
         ]
         parent = sequence.hashes[begin - 1] if begin else sequence.root
-        self._index.insert(parent, sequence.hashes[begin:end], slots, begin)
+        tenant = sequence.tenant or None
+        self._index.insert(parent, sequence.hashes[begin:end], slots, begin, tenant)
 
     # --------------------------------------------------------------------------------- verification
 

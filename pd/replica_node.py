@@ -1,33 +1,29 @@
-"""A replica of one rank as one process: the leader on the event loop, the model on a compute
-thread, the transport on the mover's thread, digests of pages on a thread of their own.
+"""A replica as a process: the leader on the event loop, and the first rank, with threads of its own
+(pd/rank.py). Further ranks are processes too (pd/rank_node.py), which obey this one.
 
-Whatever fails here puts pages in doubt, so it ends the replica: `failure` says why, and who watches
-the node ends its process.
+Whatever fails here or there puts pages in doubt, so it ends the replica: `failure` says why, and
+who watches the node ends its processes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import msgspec
 
 import pd
-from pd import messages
+from pd import messages, rank
 from pd.events import (
     BreakLink,
     CancelWrite,
     CopyPages,
     Digest,
-    Digested,
     Effect,
     Event,
     PeerDown,
@@ -35,48 +31,72 @@ from pd.events import (
     Received,
     RunStep,
     Send,
-    StepDone,
     Tick,
     Warn,
     Write,
     Written,
 )
 from pd.leader import Leader
-from pd.messages import AnyMessage, Heartbeat
+from pd.messages import AnyMessage, Heartbeat, RankOrder, RankReport
 from pd.node import Member, Node, NodeConfig
-from pd.spec import SpecError
-from transfer.transport import PeerError
+from pd.rank import (
+    Connect,
+    Disconnect,
+    Expect,
+    Flush,
+    Flushed,
+    HostOpened,
+    OpenHost,
+    PeerLost,
+    RankEffect,
+    RankEvent,
+    RankFailed,
+    RankWorker,
+    endpoint,
+)
+from pd.spec import replica_role
+from pd.team import Team
+from transfer.plan import PairPlan
+from transfer.topology import ReplicaLayout
 
 if TYPE_CHECKING:
     from pd.engine.scheduler import Tracked
     from pd.publishing import KvEvents
-    from transfer.transport import WriteResult
 
 log = logging.getLogger("pagerelay")
-_E = TypeVar("_E", bound=Event)
 
 
 class ReplicaNode(Node):
-    """A replica of one rank: leader, model and transport."""
+    """A replica's leader and first rank."""
 
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config)
         self._untold: Counter[str] = Counter()
         """Peers' comings and goings that the leader has yet to hear of. Meanwhile it takes the name
         for another process than it is, so nothing is said to it or heard of it."""
+        self._to_tell: dict[str, list[PeerUp | PeerDown]] = {}
+        """By peer, in order; each waits for a `Flush` of its own."""
         self._is_stopping = False
+        self._expects_writes = False
         self._events: KvEvents | None = None
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
-        self._loop = loop
-        self._compute = ThreadPoolExecutor(1, "compute")
-        self._digester = ThreadPoolExecutor(1, "digests")
-        member = await loop.run_in_executor(self._compute, self._load)
-        self._mover.start()
+        role = replica_role(self.config.role)
+        self._worker = RankWorker(self.name, self.spec, role, 0, self._on_event)
+        member = await loop.run_in_executor(self._worker.compute, self._load)
         if self.spec.cache.events.publish:
             member.facts.update(self._publish_events())
         return member
+
+    def make_meeting(self) -> tuple[str, int]:
+        """Where this replica's ranks find each other: (host, port)."""
+        from pd.engine.ranks import make_store
+
+        host = "127.0.0.1" if self.config.socket_folder else self.config.host
+        self._store = make_store(host, self.spec.timeouts.start)
+        self.meeting = host, self._store.port
+        return self.meeting
 
     def _publish_events(self) -> dict[str, str]:
         """Raises SpecError."""
@@ -94,57 +114,24 @@ class ReplicaNode(Node):
 
         from hicache.index import PageIndex
         from hicache.keys import root_hash
-        from pd import cost
-        from pd.engine.copier import Copier
-        from pd.engine.model import LAYOUT_VERSION, ModelRunner, weights_digest
+        from pd.engine.model import LAYOUT_VERSION, weights_digest
         from pd.publishing import KnownTokens
-        from transfer.backends import make_transport
-        from transfer.mover import Mover
-        from transfer.topology import Topology
 
-        assert self.config.role is not None
-        assert self.config.role != "cache"
-        spec, role = self.spec, dict(self.spec.roles.items())[self.config.role]
+        spec, role = self.spec, dict(self.spec.roles.items())[self._worker.role]
         folder = self.model_folder()
-        device = torch.device("cuda", 0) if role.device == "cuda" else torch.device("cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(role.threads)
-        runner = ModelRunner(folder, spec.model, spec.page_tokens, device)
-        if device.type == "cuda":
-            available = torch.cuda.mem_get_info(device)[0]
-        else:
-            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        num_pages = cost.plan_pools(runner.layouts, role, available)
-        fits = cost.max_context(runner.layouts, num_pages, role, runner.max_positions)
-        cost.check_context(self.config.role, fits, spec.model.max_context)
-        limits = [limit for limit in (fits, spec.model.max_context) if limit is not None]
-        if not limits:
-            raise SpecError("model.max_context: expected a number, as this model names no limit")
-        max_context = min(limits)
-        runner.allocate(num_pages, role.max_running, max_context)
-        runner.warm_up(min(role.max_batch_tokens, max_context))
-        self._runner = runner
-        self._copier = Copier(runner.pools)
-        transport = make_transport(spec.transfer.backend, self.name, spec.transfer.options)
-        transport.register([pool.region for pool in runner.pools])
-        self._mover = Mover(
-            transport,
-            self._write_ended,
-            self._peer_lost,
-            self._mover_failed,
-            spec.transfer.max_bytes_in_flight,
-            page_bytes=[layout.page_bytes for layout in runner.layouts],
-        )
+        start = self._worker.start(folder, self.meeting)
+        runner, topology = self._worker.runner, self._worker.topology
+        self._team = Team(topology.num_ranks, self._order)
         cache, feed = spec.cache, bool(spec.cache.events.publish)
         index = PageIndex(
             runner.groups,
-            num_pages,
+            [count * topology.cp for count in start.num_pages],
             spec.page_tokens,
             reuse=cache.device,
             order=cache.eviction,
             feed=feed,
+            cp=topology.cp,
         )
-        topology = Topology(role.topology.tp, role.topology.pp, role.topology.cp)
         self.leader = Leader(
             self.name,
             index,
@@ -156,7 +143,8 @@ class ReplicaNode(Node):
             spec.transfer.timeout,
             spec.transfer.verify,
             cache,
-            *([self._stored] if feed else []),
+            max_in_flight=topology.pp,
+            **({"on_stored": self._stored} if feed else {}),
         )
         compat = {
             "model weights": weights_digest(folder, spec.model),
@@ -174,19 +162,21 @@ class ReplicaNode(Node):
         }
         self._known_tokens = KnownTokens(spec.page_tokens, root_hash(str(sorted(compat.items()))))
         facts = {
-            "device": str(device),
-            "pages": " + ".join(map(str, num_pages)),
+            "device": str(runner.device),
+            "pages": " + ".join(map(str, start.num_pages)),
             "pid": str(os.getpid()),
             "host": socket.gethostname(),
         }
+        if topology.num_ranks > 1:
+            facts |= {"ranks": str(topology), "rank": self._worker.name}
         return Member(
             name=self.name,
             role=self.config.role,
             incarnation=self.incarnation,
             address="",
             compat=compat,
-            transport=transport.describe(),
-            max_context=max_context,
+            transports=start.transports,
+            max_context=start.max_context,
             vocab_size=runner.vocab_size,
             end_tokens=runner.end_tokens,
             facts=facts,
@@ -205,130 +195,149 @@ class ReplicaNode(Node):
             if self._events is not None:
                 self._events.publish(time.time())
                 self._known_tokens.forget()
-            self._mover.expect(self.leader.expects_writes)
+            if self.leader.expects_writes != self._expects_writes:
+                self._expects_writes = self.leader.expects_writes
+                self._team.carry_out(Expect(self._expects_writes))
         except Exception as error:  # a leader in doubt ends with its process
-            self._fail(error)
+            log.exception("%s fails", self.name)
+            self.failure = f"{type(error).__name__}: {error}"
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Send(to, message):
                 if not self._untold[to]:
                     self.send(to, message)
-            case RunStep(command):
-                self._submit(self._compute, lambda: StepDone(self._runner.step(command)))
-            case Write(write_id, peer, group, source, target, part, handover):
-                if self._untold[peer]:
-                    # Its pages are the predecessor's: they must not be written in a successor.
-                    lost = Written(write_id, f"{peer} has left", 0, 0, 0.0)
-                    self._call(self.handle, lost)
-                else:
-                    self._mover.write(write_id, peer, group, source, target, part, handover)
-            case CancelWrite(write_id):
-                self._mover.cancel(write_id)
+            case Write(write_id, peer) if self._untold[peer]:
+                # Its pages are the predecessor's: they must not be written in a successor.
+                self.call(self.handle, Written(write_id, f"{peer} has left", 0, 0, 0.0))
             case BreakLink(peer):
                 log.error("%s: writes to %s have no end; connecting it again", self.name, peer)
-                self._mover.reconnect(peer)
-            case Digest():
-                self._submit(self._digester, lambda: self._digest(effect))
-            case CopyPages():
-                self._copier.submit(effect).add_done_callback(self._work_ended)
+                self._team.carry_out(effect)
+            case RunStep() | Write() | CancelWrite() | Digest() | CopyPages():
+                self._team.carry_out(effect)
             case Warn(text):
                 log.warning("%s: %s", self.name, text)
             case _:
                 assert_never(effect)
 
-    def _digest(self, effect: Digest) -> Digested:
-        """On the digests' thread."""
-        from pd.engine.digest import page_digests
+    # ------------------------------------------------------------------------------------ the ranks
 
-        pool = self._runner.pools[effect.group]
-        return Digested(effect.digest_id, page_digests(pool.data, effect.pages))
+    def _order(self, number: int, effect: RankEffect) -> None:
+        if number == 0:
+            self._worker.carry_out(effect)
+        elif not self.send(endpoint(self.name, number), RankOrder(rank.encode(effect))):
+            self._fail(number, "it does not take its orders")
 
-    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], Event]) -> None:
-        executor.submit(work).add_done_callback(self._work_ended)
+    def _on_event(self, event: RankEvent) -> None:
+        """On any thread."""
+        self.call(self._answered, 0, event)
 
-    def _work_ended(self, future: Future[_E]) -> None:
-        """On the thread that did it."""
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is not None:
-            self._call(self._fail, error)
-        else:
-            self._call(self.handle, future.result())
+    def _answered(self, number: int, answer: RankEvent) -> None:
+        event = self._team.answered(number, answer)
+        match event:
+            case None:
+                pass
+            case RankFailed(error):
+                self._fail(number, error)
+            case PeerLost(peer, error):
+                log.error("%s cannot connect its transport to %s: %s", self.name, peer, error)
+            case Flushed(peer):
+                self._tell_now(peer)
+            case HostOpened(keeper, error):
+                self._keeper_opened(keeper, error)
+            case _:
+                self.handle(event)
 
-    def _write_ended(self, key: int, result: WriteResult) -> None:
-        """On the mover's thread."""
-        event = Written(key, result.error, result.bytes_moved, result.descriptors, result.seconds)
-        self._call(self.handle, event)
-
-    def _peer_lost(self, peer: str, error: str) -> None:
-        self._call(log.error, "%s cannot connect its transport to %s: %s", self.name, peer, error)
-
-    def _mover_failed(self, error: BaseException) -> None:
-        """On the mover's thread."""
-        self._call(self._fail, error)
-
-    def _call(self, function: Callable[..., object], *args: object) -> None:
-        # The loop may have been closed by a stop meanwhile.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *args)
-
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, number: int, error: str) -> None:
         """What failed leaves pages in doubt: the replica ends, and its requests with it."""
-        log.error("%s fails", self.name, exc_info=error)
-        self.failure = f"{type(error).__name__}: {error}"
+        if not self.failure and not self._is_stopping:
+            where = f"rank {number}: " if self._worker.topology.num_ranks > 1 else ""
+            log.error("%s fails: %s%s", self.name, where, error)
+            self.failure = where + error
+
+    # ------------------------------------------------------------------------------------ the peers
 
     def received(self, sender: str, message: AnyMessage) -> None:
         if self._untold[sender]:
             self.dropped_messages += 1
+        elif isinstance(message, RankReport):
+            self._rank_reports(sender, message)
         else:
             self.handle(Received(sender, message))
 
+    def _rank_reports(self, sender: str, message: RankReport) -> None:
+        ranks = range(1, self._worker.topology.num_ranks)
+        number = next((n for n in ranks if endpoint(self.name, n) == sender), None)
+        if number is None:
+            self.dropped_messages += 1
+            return
+        try:
+            self._answered(number, rank.decode(message.event))
+        except (msgspec.MsgspecError, KeyError) as error:
+            self._fail(number, f"a report that is none: {error}")
+
     def member_joined(self, member: Member) -> None:
+        if member.role == "rank":
+            return
         if member.role == "cache":
             self._untold[member.name] += 1
-            opening = self._copier.open(member.transport)
-            opening.add_done_callback(lambda done: self._call(self._keeper_opened, member, done))
+            self._team.carry_out(OpenHost(member.name, member.transports[0]))
             return
         if self.config.role == "prefill" and member.role == "decode":
-            parts = [(group, None) for group in range(len(self._runner.groups))]
-            self._mover.connect(member.name, member.transport, parts)
+            self._connect_ranks(member)
         self._tell(PeerUp(member.name, member.role, member.topology))
 
-    def _keeper_opened(self, member: Member, opening: Future[None]) -> None:
-        self._untold[member.name] -= 1
-        error = opening.exception()
-        if isinstance(error, PeerError):
-            log.info("%s does not use %s: %s", self.name, member.name, error)
-        elif error is not None:
-            self._fail(error)
-        elif self._members.get(member.name) == member:
-            self.handle(PeerUp(member.name, "cache"))
+    def _connect_ranks(self, member: Member) -> None:
+        ours = self._worker.runner.replica_layout
+        plan = PairPlan(ours, ReplicaLayout(member.topology, ours.layouts))
+        parts = tuple(
+            (link.source, link.target, group, None if link.part.page_bytes == size else link.part)
+            for group, links in enumerate(plan.links)
+            for size in (ours.layouts[group].page_bytes,)
+            for link in links
+        )
+        self._team.carry_out(Connect(member.name, member.transports, parts))
+
+    def _keeper_opened(self, keeper: str, error: str | None) -> None:
+        self._untold[keeper] -= 1
+        member = self._members.get(keeper)
+        if error is not None:
+            log.info("%s does not use %s: %s", self.name, keeper, error)
+        elif member is not None and not self._untold[keeper]:
+            self.handle(PeerUp(keeper, "cache"))
 
     def member_left(self, member: Member, reason: str) -> None:
+        if member.role == "rank":
+            self._fail(0, f"rank {member.facts['rank']} is gone: {reason}")
+            return
         if member.role == "cache":
             # Copies that are under way end as if nothing had happened: its memory is still here.
             self.handle(PeerDown(member.name, reason))
             return
-        if member.role is not None:
+        down = PeerDown(member.name, reason)
+        if member.role is None:
+            self._tell(down)
+        else:
             # The leader hears of it when nothing of the peer's can land any more, for it then uses
             # those pages again.
-            self._untold[member.name] += 1
-            self._mover.disconnect(member.name)
-        self._tell(PeerDown(member.name, reason))
+            self._team.carry_out(Disconnect(member.name))
+            self._tell_later(down)
 
     def _tell(self, event: PeerUp | PeerDown) -> None:
         """At once, or after what it has not been told of this peer."""
-        if not self._untold[event.name]:
+        if self._untold[event.name]:
+            self._tell_later(event)
+        else:
             self.handle(event)
-            return
-        if isinstance(event, PeerUp):
-            self._untold[event.name] += 1
-        self._mover.after(lambda: self._call(self._tell_now, event))
 
-    def _tell_now(self, event: PeerUp | PeerDown) -> None:
-        self._untold[event.name] -= 1
+    def _tell_later(self, event: PeerUp | PeerDown) -> None:
+        self._untold[event.name] += 1
+        self._to_tell.setdefault(event.name, []).append(event)
+        self._team.carry_out(Flush(event.name))
+
+    def _tell_now(self, peer: str) -> None:
+        event = self._to_tell[peer].pop(0)
+        self._untold[peer] -= 1
         self.handle(event)
 
     def tick(self) -> None:
@@ -348,7 +357,4 @@ class ReplicaNode(Node):
         self._is_stopping = True
         if self._events is not None:
             await self._events.close()
-        self._copier.close()
-        for executor in (self._compute, self._digester):
-            executor.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._mover.stop, self.spec.timeouts.stop)
+        await asyncio.to_thread(self._worker.stop, self.spec.timeouts.stop)

@@ -63,6 +63,11 @@ class _Prefill:
     """By layer group, as they come."""
 
 
+def _local(slots: Int32Array, topology: Topology) -> Int32Array:
+    """Pages in the pools of the ranks that hold them, of slots of a replica."""
+    return slots if topology.cp == 1 else slots // topology.cp
+
+
 class Sending:
     def __init__(
         self,
@@ -259,16 +264,16 @@ class Sending:
         planned = prefill.plan.writes(*pages)
         write_ids = [next(self._numbers) for _ in planned]
         prefill.handover.posted(pages, write_ids, now)
+        self.kv_pages += len(pages.source_slots)
         for write_id, write in zip(write_ids, planned, strict=True):
             self._writes[write_id] = prefill
-            self.kv_pages += len(write.source_pages)
             self._emit(
                 Write(
                     write_id,
                     prefill.peer,
                     write.group,
-                    write.source_pages,
-                    write.target_pages,
+                    _local(write.source_pages, self._layout.topology),
+                    _local(write.target_pages, prefill.plan.target.topology),
                     None if write.part == self._whole[write.group] else write.part,
                     prefill.number,
                     write.source,

@@ -25,8 +25,20 @@ from hicache.storage.backends import backend_names as storage_names
 from transfer.backends import backend_names
 
 Role = Literal["prefill", "decode", "both"]
-MemberRole = Role | Literal["cache"]
-"""Of a process other than an API server; `cache`: the keeper of a node's host tier."""
+MemberRole = Role | Literal["cache", "rank"]
+"""Of a process other than an API server; `cache`: the keeper of a node's host tier; `rank`: any but
+the first of a replica, known to its leader alone."""
+
+TENANT_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,127}"
+TENANT_FORM = "up to 128 of A-Z a-z 0-9 . _ : @ / + -, a letter or digit first"
+EVERY_OTHER_TENANT = "*"
+
+
+def replica_role(role: MemberRole | None) -> Role:
+    """For what is known to be a replica."""
+    assert role == "prefill" or role == "decode" or role == "both"
+    return role
+
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -82,8 +94,31 @@ def _endpoint(value: str) -> str:
     return value
 
 
+def _quota(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value >= 0 if isinstance(value, int) else 0 < value < 1):
+        raise ValueError(
+            "expected a whole number of pages, or a share of the host tier between 0 and 1"
+        )
+    return value
+
+
+def _tenant(name: str) -> str:
+    if not re.fullmatch(TENANT_PATTERN, name):
+        raise ValueError(f"expected a tenant, {TENANT_FORM}")
+    return name
+
+
+def _tenant_or_rest(name: str) -> str:
+    if name != EVERY_OTHER_TENANT and not re.fullmatch(TENANT_PATTERN, name):
+        raise ValueError(f"expected {EVERY_OTHER_TENANT!r} or a tenant, {TENANT_FORM}")
+    return name
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Key = Annotated[str, Field(min_length=1)]
+Tenant = Annotated[str, AfterValidator(_tenant)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
 
@@ -224,6 +259,19 @@ class HostCacheSpec(SpecModel):
     """When device pages are copied to the host tier: when they are complete, when they have been
     used `write_hits` times, or when they are about to be evicted."""
     write_hits: int = Field(default=2, ge=1)
+    quotas: dict[
+        Annotated[str, AfterValidator(_tenant_or_rest)],
+        Annotated[int | float, BeforeValidator(_quota)],
+    ] = {}
+    """The most pages of the host tier that a tenant may have, or a share of it, such as 0.25; `*`
+    is for each tenant that is not named. Requests without a tenant have no quota."""
+
+    def quota_pages(self, num_pages: int) -> dict[str, int]:
+        """`quotas` of a host tier of so many pages."""
+        return {
+            tenant: quota if isinstance(quota, int) else int(quota * num_pages)
+            for tenant, quota in self.quotas.items()
+        }
 
 
 class StorageCacheSpec(SpecModel):
@@ -296,11 +344,24 @@ class ApiSpec(SpecModel):
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port, printed when ready."""
     replicas: int = Field(default=1, ge=1, le=1)
-    keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
-    """Accepted bearer tokens; empty: no authentication. `${NAME}` is an environment variable."""
+    keys: tuple[Key, ...] = Field(default=(), strict=False)
+    """Accepted bearer tokens; none here and in `tenants`: no authentication. `${NAME}` is an
+    environment variable."""
+    tenants: dict[Tenant, Annotated[tuple[Key, ...], Field(strict=False)]] = {}
+    """More of them, by the tenant whose requests they come with. With those of `keys`, or without
+    any, the header X-Tenant-Id says whose a request is."""
     max_body: Bytes = 8 * 2**20
     max_n: int = Field(default=16, ge=1)
     max_logprobs: int = Field(default=20, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> ApiSpec:
+        places = dict.fromkeys(self.keys, "keys")
+        for tenant, keys in self.tenants.items():
+            for key in keys:
+                if places.setdefault(key, here := f"tenants.{tenant}") != here:
+                    raise ValueError(f"{here}: a key that is in {places[key]} as well")
+        return self
 
 
 class TimeoutSpec(SpecModel):
@@ -310,6 +371,8 @@ class TimeoutSpec(SpecModel):
     request: float = Field(default=600.0, gt=0)
     heartbeat: float = Field(default=10.0, gt=0)
     """A process not heard of for so long is ended."""
+    collective: float = Field(default=60.0, gt=0)
+    """Ranks of a replica wait for each other so long in a step; then the replica ends."""
     stop: float = Field(default=10.0, gt=0)
 
 
@@ -326,16 +389,6 @@ class ClusterSpec(SpecModel):
     timeouts: TimeoutSpec = TimeoutSpec()
     network: Literal["auto", "ipc", "tcp"] = "auto"
     """Between processes: auto is ipc while Ray has one node, else tcp with CURVE keys."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> ClusterSpec:
-        for role, spec in self.roles.items():
-            if spec.topology.num_ranks != 1:
-                raise ValueError(
-                    f"roles.{role}.topology: found {spec.topology.num_ranks} ranks, "
-                    "expected tp, pp and cp of 1 (this version serves replicas of one rank)"
-                )
-        return self
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -428,26 +481,37 @@ class _EnvironmentError(Exception):
 
 
 def _interpolate(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `data` with `${NAME}` in api.keys replaced."""
+    """A copy of `data` with `${NAME}` in api.keys and api.tenants replaced."""
     api = data.get("api")
-    keys = api.get("keys") if isinstance(api, dict) else None
-    if not isinstance(keys, list):
+    if not isinstance(api, dict):
         return data
+    api = dict(api)
+    api["keys"] = _from_environment(("api", "keys"), api.get("keys", []))
+    if isinstance(tenants := api.get("tenants"), dict):
+        api["tenants"] = {
+            tenant: _from_environment(("api", "tenants", tenant), keys)
+            for tenant, keys in tenants.items()
+        }
+    return {**data, "api": api}
+
+
+def _from_environment(loc: tuple[Any, ...], keys: Any) -> Any:
+    if not isinstance(keys, list):
+        return keys
 
     def replace(index: int, value: Any) -> Any:
         def lookup(match: re.Match[str]) -> str:
             name = match[1]
             if not os.environ.get(name):
                 raise _EnvironmentError(
-                    ("api", "keys", index),
+                    (*loc, index),
                     f"found ${{{name}}}, expected the environment variable {name} to be set",
                 )
             return os.environ[name]
 
         return re.sub(r"\$\{(\w+)\}", lookup, value) if isinstance(value, str) else value
 
-    assert isinstance(api, dict)
-    return {**data, "api": {**api, "keys": [replace(i, key) for i, key in enumerate(keys)]}}
+    return [replace(i, key) for i, key in enumerate(keys)]
 
 
 _EXPECTED = {
@@ -476,6 +540,8 @@ def _describe(problem: Any, lines: dict[tuple[Any, ...], int]) -> tuple[int, str
     loc: tuple[Any, ...] = problem["loc"]
     if problem["type"] == "invalid_key":
         loc = (*loc[:-1], str(loc[-1]))
+    if loc and loc[-1] == "[key]":  # of a mapping: the key itself is at fault
+        loc = loc[:-1]
     known = loc
     while known not in lines:
         known = known[:-1]

@@ -43,8 +43,8 @@ class Link:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankWrite:
-    """source_pages[i] of rank `source` -> target_pages[i] of rank `target`, in the pools of
-    `group`."""
+    """source_pages[i] of rank `source` -> target_pages[i] of rank `target`, of `group`, as they
+    were numbered in `PairPlan.writes`."""
 
     source: int
     target: int
@@ -76,9 +76,9 @@ class PairPlan:
     ) -> list[RankWrite]:
         """All writes that move pages `first_page`, `first_page + 1`, ... of one sequence.
 
-        Page first_page + i lies in source_pages[i] of the pools of the source ranks that own it,
-        and belongs into target_pages[i] of those of its target ranks. The arrays returned are views
-        of these.
+        Page first_page + i lies in source_pages[i] on the source ranks that own it, and belongs
+        into target_pages[i] on its target ranks. The arrays returned are views of these: pages are
+        picked by their position in the sequence, and their numbers may be of any kind.
         """
         if len(source_pages) != len(target_pages):
             raise ValueError(f"{len(source_pages)} source and {len(target_pages)} target pages")

@@ -105,6 +105,13 @@ class ReplicaLayout:
             self.topology.places(described, self.num_layers, coord.pp),
         )
 
+    def answered_heads(self, group: int, rank: int) -> range:
+        """Of the KV heads that `rank` holds, those that no tensor-parallel rank before it holds."""
+        tp, kv_heads = self.topology.coord(rank).tp, self.layouts[group].group.kv_heads
+        held = self.topology.heads(kv_heads, tp)
+        before = self.topology.heads(kv_heads, tp - 1).stop if tp else 0
+        return range(max(held.start, before), held.stop)
+
     def rank_layout(self, group: int, rank: int) -> PageLayout:
         """The layout of a page of `rank`'s pool; it has no layers if the stage has none of the
         group."""

@@ -119,10 +119,10 @@ class ObjectFolder:
         now = time.time_ns()
         try:
             os.utime(self.path(name), ns=(now, now))
-        except FileNotFoundError:
-            return False
         except OSError:
-            pass  # a folder that can only be read: after a restart it counts as older
+            if not os.path.exists(self.path(name)):
+                return False
+            # A folder that can only be read: after a restart it counts as older.
         with self._changed:
             if name in self._entries:
                 self._entries[name].used = now

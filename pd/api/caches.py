@@ -37,7 +37,7 @@ class KeeperAnswer:
 
 
 class Caches:
-    def __init__(self, send: Callable[[str, AnyMessage], None]) -> None:
+    def __init__(self, send: Callable[[str, AnyMessage], object]) -> None:
         self.keepers: dict[str, dict[str, float]] = {}
         """Of the nodes' caches, and the figures that each reported last."""
         self._send = send

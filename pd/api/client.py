@@ -146,7 +146,7 @@ async def merge(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, Out
 
 class EngineClient:
     def __init__(
-        self, send: Callable[[str, AnyMessage], None], router: Router, page_tokens: int
+        self, send: Callable[[str, AnyMessage], object], router: Router, page_tokens: int
     ) -> None:
         self._send = send
         self._page_tokens = page_tokens
@@ -203,9 +203,10 @@ class EngineClient:
         sampling: SamplingParams,
         cache_salt: str = "",
         timeout_s: float = 600.0,
+        tenant: str = "",
     ) -> OutputStream:
         """Place and send one request. Raises Overloaded or NoReplica, and then nothing was sent."""
-        return self.submit_all([(prompt_ids, sampling)], 1, cache_salt, timeout_s)[0]
+        return self.submit_all([(prompt_ids, sampling)], 1, cache_salt, timeout_s, tenant)[0]
 
     def submit_all(
         self,
@@ -213,6 +214,7 @@ class EngineClient:
         n: int = 1,
         cache_salt: str = "",
         timeout_s: float = 600.0,
+        tenant: str = "",
     ) -> list[OutputStream]:
         """`n` streams per (token ids, sampling), prompt by prompt, all admitted or none.
 
@@ -249,6 +251,7 @@ class EngineClient:
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     prefill="",
                     timeout_s=timeout_s,
+                    tenant=tenant,
                 )
                 choices.append(self._open(generate, wake, timeout_s))
             choices[0].siblings = choices[1:]

@@ -342,6 +342,16 @@ class _KeeperCollector(Collector):
                 page_bytes.add_metric([keeper, str(group)], figures[f"group_{group}_page_bytes"])
         yield pages
         yield page_bytes
+        for figure, name, text in (
+            ("tenant_pages:", "host_tenant_pages", "Host pages of a tenant with a quota."),
+            ("tenant_quota:", "host_tenant_quota_pages", "The most that it may have."),
+        ):
+            metric = GaugeMetricFamily(f"pagerelay_{name}", text, labels=["keeper", "tenant"])
+            for keeper, figures in keepers:
+                for key, value in figures.items():
+                    if key.startswith(figure):
+                        metric.add_metric([keeper, key.removeprefix(figure)], value)
+            yield metric
 
 
 def pages_by_group(load: ReplicaLoad) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pd.messages import AnyMessage
 from pd.node import Member, Node
+from pd.spec import replica_role
 
 if TYPE_CHECKING:
     import uvicorn
@@ -90,7 +91,7 @@ class ApiNode(Node):
         if member.role == "cache":
             self._client.caches.keeper_up(member.name)
         elif member.role is not None:
-            self._client.on_peer_up(member.name, member.role)
+            self._client.on_peer_up(member.name, replica_role(member.role))
 
     def member_left(self, member: Member, reason: str) -> None:
         if member.role == "cache":

@@ -10,6 +10,7 @@ for one that works. Fields that are null count as absent.
 from __future__ import annotations
 
 import difflib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pd.api.errors import ApiError, bad_request
 from pd.messages import SamplingParams
-from pd.spec import ApiSpec
+from pd.spec import TENANT_FORM, TENANT_PATTERN, ApiSpec
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat may use what is left of the context."""
+TENANT_HEADER = "X-Tenant-Id"
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
 _MAX_LISTED_BIAS = 1024
@@ -269,6 +271,24 @@ def parse_request(body: bytes, model: type[Request]) -> Request:
         return model.model_validate(fields)
     except pydantic.ValidationError as error:
         raise _explain(error, model) from error
+
+
+def parse_tenant(values: Sequence[str], of_key: str) -> str:
+    """Whose request it is, from all headers of that name and the tenant of the request's API key
+    (empty: it has none). Empty: nobody's. Raises ApiError."""
+    given = ", ".join(values)
+    if given and not re.fullmatch(TENANT_PATTERN, given):
+        raise bad_request(
+            f"{TENANT_HEADER}: expected {TENANT_FORM}, got {_show(given)}", TENANT_HEADER
+        )
+    if given and of_key and given != of_key:
+        raise ApiError(
+            403,
+            f"{TENANT_HEADER}: expected none, or {of_key!r} with this API key, got {_show(given)}",
+            code="invalid_tenant",
+            param=TENANT_HEADER,
+        )
+    return of_key or given
 
 
 def _without_ignored(fields: dict[str, Any], model: type[RequestModel]) -> dict[str, Any]:

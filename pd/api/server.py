@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,6 +30,7 @@ from pd.api.errors import ApiError, bad_request
 from pd.api.generation import Choice, ClientGone, Generation, error_event
 from pd.api.metrics import ApiMetrics, pages_by_group
 from pd.api.protocol import (
+    TENANT_HEADER,
     AttachRequest,
     ChatMessage,
     ChatRequest,
@@ -44,6 +45,7 @@ from pd.api.protocol import (
     check_model,
     check_prompt_tokens,
     parse_request,
+    parse_tenant,
     plan_max_tokens,
     plan_sampling,
 )
@@ -107,8 +109,10 @@ def create_app(
     app.add_exception_handler(ClientGone, server.on_client_gone)
     app.add_exception_handler(ClientDisconnect, server.on_client_gone)
     app.add_exception_handler(Exception, server.on_bug)
-    if spec.api.keys:
-        app.add_middleware(_KeyCheck, keys=spec.api.keys, refuse=server.render_error)
+    tenants = dict.fromkeys(spec.api.keys, "")
+    tenants |= {key: tenant for tenant, keys in spec.api.tenants.items() for key in keys}
+    if tenants:
+        app.add_middleware(_KeyCheck, tenants=tenants, refuse=server.render_error)
     return app
 
 
@@ -156,7 +160,7 @@ class _Server:
         prompts: list[list[int]],
         arrived_s: float,
     ) -> Response:
-        generation = self._start(asked, prompts, arrived_s)
+        generation = self._start(asked, prompts, arrived_s, _tenant(request))
         watcher = asyncio.create_task(_watch_client(request.receive, generation))
         is_handed_over = False
         try:
@@ -172,7 +176,7 @@ class _Server:
                 generation.close()
 
     def _start(
-        self, asked: GenerationRequest, prompts: list[list[int]], arrived_s: float
+        self, asked: GenerationRequest, prompts: list[list[int]], arrived_s: float, tenant: str
     ) -> Generation:
         model = self._model
         pairs = [
@@ -181,7 +185,7 @@ class _Server:
         ]
         try:
             streams = self._client.submit_all(
-                pairs, asked.n, asked.cache_salt, self._spec.timeouts.request
+                pairs, asked.n, asked.cache_salt, self._spec.timeouts.request, tenant
             )
         except (Overloaded, NoReplica) as error:
             raise _unavailable(error) from error
@@ -494,16 +498,18 @@ class _KeyCheck:
     """Lets only holders of a key through to everything but /health and /metrics."""
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[str], refuse: Callable[[ApiError], Response]
+        self, app: ASGIApp, tenants: Mapping[str, str], refuse: Callable[[ApiError], Response]
     ) -> None:
+        """`tenants`: of each key; empty: it has none."""
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._tenants = {key.encode(): tenant for key, tenant in tenants.items()}
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in ("/health", "/metrics"):
             header = dict(scope["headers"]).get(b"authorization", b"")
-            if not self._is_known(header):
+            tenant = self._tenant_of(header)
+            if tenant is None:
                 message = (
                     "the API key is not known"
                     if header
@@ -514,13 +520,24 @@ class _KeyCheck:
                 )
                 await self._refuse(error)(scope, receive, send)
                 return
+            scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
 
-    def _is_known(self, header: bytes) -> bool:
-        """Takes the same time whichever key it is, and however much of it is right."""
+    def _tenant_of(self, header: bytes) -> str | None:
+        """None: the key is not known. Takes the same time whichever key it is, and however much of
+        it is right."""
         scheme, _, given = header.partition(b" ")
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        found = None
+        for key, tenant in self._tenants.items():
+            if hmac.compare_digest(given.strip(), key):
+                found = tenant
+        return found if scheme.lower() == b"bearer" else None
+
+
+def _tenant(request: Request) -> str:
+    """Raises ApiError."""
+    of_key = request.scope.get("state", {}).get("tenant", "")
+    return parse_tenant(request.headers.getlist(TENANT_HEADER), of_key)
 
 
 async def _watch_client(receive: Receive, generation: Generation) -> None:

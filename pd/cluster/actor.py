@@ -18,6 +18,7 @@ import ray
 from pd.api.node import ApiNode
 from pd.cache_node import CacheNode
 from pd.node import Member, Node, NodeConfig
+from pd.rank_node import RankNode
 from pd.replica_node import ReplicaNode
 
 
@@ -65,9 +66,17 @@ class NodeActor:
             node = ApiNode
         elif config.role == "cache":
             node = CacheNode
+        elif config.rank:
+            node = RankNode
         self._node = node(dataclasses.replace(config, host=host))
 
-    async def start(self) -> tuple[Member, ProcessId]:
+    async def meet(self) -> tuple[str, int]:
+        """Of a replica's first rank, before `start`: where its ranks find each other."""
+        assert isinstance(self._node, ReplicaNode)
+        return self._node.make_meeting()
+
+    async def start(self, meeting: tuple[str, int] | None = None) -> tuple[Member, ProcessId]:
+        self._node.meeting = meeting
         member = await self._node.start()
         node = ray.get_runtime_context().get_node_id()
         return member, ProcessId(node, os.getpid(), _start_time(os.getpid()))

@@ -1,9 +1,11 @@
 """Brings a spec's processes up on Ray, watches them, and takes them down.
 
-One placement group per replica, one actor per process, one namespace per cluster
+One placement group per replica, in which a bundle, and so a node, has all tensor-parallel ranks of
+a stage and context-parallel rank; one actor per process, one namespace per cluster
 (`pagerelay/NAME`). The controller tells every node who is a member; a process that dies, fails or
-does not answer for the heartbeat time-out is ended and taken off the list, which makes the others
-end the requests that need it. It is not replaced yet. All waits have deadlines.
+does not answer for the heartbeat time-out is ended, with all ranks of its replica, and taken off
+the list, which makes the others end the requests that need it. It is not replaced yet. All waits
+have deadlines.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ from ray.util.scheduling_strategies import (
 from pd.cluster.actor import NodeActor, ProcessId, end_process
 from pd.models import resolve_model
 from pd.node import Member, NodeConfig
-from pd.spec import ClusterSpec, MemberRole, RoleSpec, SpecError
+from pd.rank import endpoint
+from pd.spec import ClusterSpec, MemberRole, RoleSpec, SpecError, replica_role
 
 _WATCH_S = 0.5
+_CAUSE_S = 2.0
+"""So long a rank's death may come after the errors that it makes in other ranks."""
+_DIED = "its process died"
 _PROCESS_ENVIRONMENT = {
     # Compute threads that wait must sleep, not spin: the cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -52,25 +58,39 @@ class StartError(RuntimeError):
     """The cluster did not come up; the message says what and why."""
 
 
+class _RankStartError(StartError):
+    """A rank could not meet the others."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM."""
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Process:
     name: str
     role: MemberRole | None
     group: PlacementGroup | None
     """None: an API server, or a keeper."""
+    rank: int = 0
+    replica: str = ""
+    """Whose rank it is; empty: its own."""
     node: str = ""
     """Ray's id of the node that a keeper belongs to."""
     actor: Any = None
+    meeting: Any = None
+    """Reference to where a replica's ranks find each other; the first rank's."""
     member: Member | None = None
     process_id: ProcessId | None = None
     ended: Any = None
     """Reference that fails when the process dies."""
     report: Any = None
     report_asked: float = 0.0
+
+    def where(self) -> str:
+        """For people: which rank of its replica; empty where there is no other."""
+        rank = self.member.facts.get("rank") if self.member else None
+        return f"rank {rank}" if rank else ""
 
 
 class Controller:
@@ -97,7 +117,11 @@ class Controller:
         for role, role_spec in spec.roles.items():
             for number in range(role_spec.replicas.min):
                 name = f"{role}-{number}"
-                self._processes.append(_Process(name, role, self._place(name, role_spec)))
+                group = self._place(name, role_spec)
+                self._processes += [
+                    _Process(endpoint(name, rank), role, group, rank, name)
+                    for rank in range(role_spec.topology.num_ranks)
+                ]
         self._processes.append(_Process("api-0", None, None))
         self._wait_placed(deadline)
         if spec.cache.host is not None:
@@ -151,12 +175,21 @@ class Controller:
             self._curve = zmq.curve_keypair()
 
     def _place(self, name: str, role: RoleSpec) -> PlacementGroup:
-        labels = {"bundle_label_selector": [role.labels]} if role.labels else {}
-        return placement_group([role.rank_resources()], strategy="STRICT_PACK", name=name, **labels)
+        count = role.topology.num_ranks // role.topology.tp
+        bundle = {kind: each * role.topology.tp for kind, each in role.rank_resources().items()}
+        labels = {"bundle_label_selector": [role.labels] * count} if role.labels else {}
+        return placement_group([bundle] * count, strategy="PACK", name=name, **labels)
 
     def _create(self, process: _Process, folder: Path) -> None:
         config = NodeConfig(
-            process.name, process.role, self.spec, str(folder), self._socket_folder, self._curve
+            process.name,
+            process.role,
+            self.spec,
+            str(folder),
+            self._socket_folder,
+            self._curve,
+            rank=process.rank,
+            replica=process.replica,
         )
         options: dict[str, Any] = {"name": process.name, "max_concurrency": 16}
         threads = 1
@@ -165,14 +198,16 @@ class Controller:
             node = process.node or ray.get_runtime_context().get_node_id()
             options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
         else:
-            role = dict(self.spec.roles.items())[process.role]
+            role = dict(self.spec.roles.items())[replica_role(process.role)]
             threads = role.threads
             resources = role.rank_resources()
             options |= {
                 "num_cpus": resources.pop("CPU", 0),
                 "num_gpus": resources.pop("GPU", 0),
                 "resources": resources,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(process.group, 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    process.group, process.rank // role.topology.tp
+                ),
             }
         environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         if self._socket_folder:
@@ -183,7 +218,7 @@ class Controller:
 
     def _wait_placed(self, deadline: float) -> None:
         for process in self._processes:
-            if process.group is None:
+            if process.group is None or process.rank:
                 continue
             self._progress(f"{process.name}: waiting for resources")
             while not process.group.wait(_WATCH_S):
@@ -199,9 +234,12 @@ class Controller:
                 )
 
     def _wait_started(self, deadline: float) -> None:
-        pending = {process.actor.start.remote(): process for process in self._processes}
+        pending = {self._begin(process): process for process in self._processes}
+        problem: StartError | None = None
         while pending:
             left = deadline - time.monotonic()
+            if problem is not None and left <= 0:
+                raise problem
             if left <= 0:
                 names = ", ".join(process.name for process in pending.values())
                 raise StartError(
@@ -211,10 +249,33 @@ class Controller:
             ready, _ = ray.wait(list(pending), timeout=min(left, _WATCH_S))
             for reference in ready:
                 process = pending.pop(reference)
-                process.member, process.process_id = self._started(process, reference)
+                try:
+                    process.member, process.process_id = self._started(process, reference)
+                except _RankStartError as error:
+                    # It waited for another rank: that one's reason is the better one.
+                    problem = problem or error
+                    deadline = min(deadline, time.monotonic() + _CAUSE_S)
+                    continue
                 process.ended = process.actor.ended.remote()
                 facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
                 self._progress(f"{process.name}: ready ({facts})")
+        if problem is not None:
+            raise problem
+
+    def _begin(self, process: _Process) -> Any:
+        """A reference to what its `start` returns."""
+        ranks = self._ranks(process)
+        if len(ranks) == 1:
+            return process.actor.start.remote()
+        if process.rank == 0:
+            process.meeting = process.actor.meet.remote()
+        return process.actor.start.remote(ranks[0].meeting)
+
+    def _ranks(self, process: _Process) -> list[_Process]:
+        """All processes of its replica, by rank."""
+        if not process.replica:
+            return [process]
+        return [other for other in self._processes if other.replica == process.replica]
 
     def _started(self, process: _Process, reference: Any) -> tuple[Member, ProcessId]:
         try:
@@ -222,9 +283,9 @@ class Controller:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, SpecError):
                 raise SpecError(f"{process.name}: {error.cause}") from error
-            raise StartError(
-                f"{process.name}: {type(error.cause).__name__}: {error.cause}"
-            ) from error
+            kind = type(error.cause).__name__
+            failed = _RankStartError if kind == "RankError" else StartError
+            raise failed(f"{process.name}: {kind}: {error.cause}") from error
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[-1].strip()
             raise StartError(f"{process.name}: its process died while starting: {cause}") from error
@@ -246,15 +307,24 @@ class Controller:
     def _announce(self, reason: str) -> None:
         """Tell every live process who is a member: replicas first, since an API server sends them
         requests as soon as it knows them; where one is gone the API first, whose error says so."""
-        members = [process.member for process in self._processes if process.member is not None]
-        for is_api in (True, False) if reason else (False, True):
+        turns = (_is_api, _is_first, _is_further_rank)
+        for is_next in turns if reason else reversed(turns):
             told = [
-                process.actor.set_members.remote(members, reason)
+                process.actor.set_members.remote(self._known_to(process), reason)
                 for process in self._processes
-                if (process.role is None) is is_api
+                if is_next(process)
             ]
             # A node that fails, hangs or dies over it is seen by the watch.
             ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
+
+    def _known_to(self, process: _Process) -> list[Member]:
+        """Ranks know their leader; leaders their ranks, before all others, and everybody else."""
+        ranks = self._ranks(process)
+        if process.rank:
+            known = ranks[:1]
+        else:
+            known = [*ranks[1:], *filter(lambda each: not each.rank, self._processes)]
+        return [each.member for each in known if each.member is not None]
 
     # ---------------------------------------------------------------------------------------- watch
 
@@ -265,11 +335,23 @@ class Controller:
         references = [process.ended for process in self._processes]
         ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
         for process in list(self._processes):
-            reason = "its process died" if process.ended in ended else self._health(process)
+            if process not in self._processes:
+                continue  # it went with another rank
+            reason = _DIED if process.ended in ended else self._health(process)
             if reason:
-                self._remove(process, reason)
+                self._remove(*self._culprit(process, reason))
         if not any(process.role is None for process in self._processes):
             raise StartError("the API server is gone")
+
+    def _culprit(self, process: _Process, reason: str) -> tuple[_Process, str]:
+        """Where ranks fail because another one has died, that one."""
+        ranks = self._ranks(process)
+        if reason != _DIED and len(ranks) > 1:
+            dead, _ = ray.wait([each.ended for each in ranks], timeout=_CAUSE_S)
+            for each in ranks:
+                if each.ended in dead:
+                    return each, _DIED
+        return process, reason
 
     def _health(self, process: _Process) -> str:
         """Why the process must end, or nothing."""
@@ -292,13 +374,18 @@ class Controller:
         return str(report["failure"])
 
     def _remove(self, process: _Process, reason: str) -> None:
-        self._progress(f"{process.name}: gone: {reason}")
-        ray.kill(process.actor)
+        ranks = self._ranks(process)
+        if where := process.where():
+            reason = f"{where}: {reason}"
+        self._progress(f"{ranks[0].name}: gone: {reason}")
+        for each in ranks:
+            ray.kill(each.actor)
         # Members reuse the pages that it could have written to: it must be dead by then.
-        if not self._is_dead(process):
-            self._progress(f"{process.name}: not known to be dead yet, trying again")
-            return
-        self._processes.remove(process)
+        for each in ranks:
+            if not self._is_dead(each):
+                self._progress(f"{each.name}: not known to be dead yet, trying again")
+                return
+        self._processes = [each for each in self._processes if each not in ranks]
         self._announce(reason)
         if process.group is not None:
             remove_placement_group(process.group)
@@ -328,12 +415,24 @@ class Controller:
             for actor in actors:
                 ray.kill(actor)
             for process in self._processes:
-                if process.group is not None:
+                if process.group is not None and not process.rank:
                     remove_placement_group(process.group)
             ray.shutdown()
         self._processes = []
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+
+def _is_api(process: _Process) -> bool:
+    return process.role is None
+
+
+def _is_further_rank(process: _Process) -> bool:
+    return process.rank > 0
+
+
+def _is_first(process: _Process) -> bool:
+    return not (_is_api(process) or _is_further_rank(process))
 
 
 def _nodes_of(group: PlacementGroup | None) -> set[str]:

@@ -1,8 +1,9 @@
-"""Copies of whole pages between the device tier and the node's host tier.
+"""Copies of pages between a rank's device tier and the node's host tier.
 
 Two threads, one for each direction, so that what a request waits for is not behind what is merely
-kept; on a GPU each has a stream of its own, and the host pools are pinned. A copy is whole pages at
-once, in the layout that both tiers share.
+kept; on a GPU each has a stream of its own, and the host pools are pinned. A host page has all
+heads and layers: a rank copies its part of it, in as few runs as there can be, and of what several
+ranks hold the first one writes.
 """
 
 from __future__ import annotations
@@ -11,18 +12,67 @@ import ctypes
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from hicache.host import HostPool, HostPools
 from pd.engine.pool import PagePool
-from pd.events import CopyPages, PagesCopied
+from pd.events import CopyPages, PagesCopied, on_rank
+from transfer.topology import ReplicaLayout
 from transfer.transport import PeerError
 
 
+class _Run(NamedTuple):
+    """Bytes of a page, from these offsets on."""
+
+    device: int
+    host: int
+    size: int
+
+
+class _Share(NamedTuple):
+    """What a rank has of the pages of one group."""
+
+    host_bytes: int
+    """Of a whole page."""
+    device_bytes: int
+    runs: dict[bool, list[_Run]]
+    """By direction; True: to the host tier."""
+
+
+def _share(layout: ReplicaLayout, group: int, rank: int) -> _Share:
+    whole, own = layout.layouts[group], layout.rank_layout(group, rank)
+    heads, places = layout.held(group, rank)
+    size = whole.run_bytes
+    num_layers = len(whole.group.layers)
+
+    def runs(of: range) -> list[_Run]:
+        if not places:
+            return []
+        if len(places) == num_layers:
+            each = num_layers * size
+            return [_Run((of.start - heads.start) * each, of.start * each, len(of) * each)][
+                : len(of)
+            ]
+        return [
+            _Run(
+                (head - heads.start) * len(places) * size,
+                (head * num_layers + places.start) * size,
+                len(places) * size,
+            )
+            for head in of
+        ]
+
+    by_direction = {True: runs(layout.answered_heads(group, rank)), False: runs(heads)}
+    return _Share(whole.page_bytes, own.page_bytes, by_direction)
+
+
 class Copier:
-    def __init__(self, pools: Sequence[PagePool]) -> None:
+    def __init__(self, pools: Sequence[PagePool], layout: ReplicaLayout, rank: int = 0) -> None:
         self._pools = pools
+        self._topology, self._coord = layout.topology, layout.topology.coord(rank)
+        self._shares = [_share(layout, group, rank) for group in range(len(pools))]
         self._host: HostPools | None = None
         self._streams = {
             to_host: torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
@@ -37,10 +87,6 @@ class Copier:
         """Map the keeper's pools, in place of those before; fails with PeerError."""
         return self._to_device.submit(self._open, description)
 
-    def after_open(self) -> Future[None]:
-        """Done when all `open` calls so far are."""
-        return self._to_device.submit(lambda: None)
-
     def submit(self, copy: CopyPages) -> Future[PagesCopied]:
         """The result says whether it succeeded; only a defect raises."""
         executor = self._to_host if copy.to_host else self._to_device
@@ -54,8 +100,7 @@ class Copier:
     # ---------------------------------------------------------------------------------- the threads
 
     def _open(self, description: bytes) -> None:
-        sizes = [pool.layout.page_bytes for pool in self._pools]
-        host = HostPools.open(description, sizes)
+        host = HostPools.open(description, [share.host_bytes for share in self._shares])
         if self._streams:
             for pool in host.pools:
                 region = pool.region
@@ -79,14 +124,17 @@ class Copier:
             error = "the keeper named a page that the host tier does not have"
         else:
             stream = self._streams.get(copy.to_host)
-            parts = zip(self._pools, host.pools, copy.device_pages, copy.host_pages, strict=True)
-            for pool, host_pool, device_pages, host_pages in parts:
-                pairs = list(zip(device_pages.tolist(), host_pages.tolist(), strict=True))
+            for group, share in enumerate(self._shares):
+                own, device_pages = on_rank(copy.device_pages[group], self._topology, self._coord)
+                pairs = list(
+                    zip(device_pages.tolist(), copy.host_pages[group][own].tolist(), strict=True)
+                )
+                part = (self._pools[group], host.pools[group], pairs, share, copy.to_host)
                 if stream is None:
-                    _copy_on_cpu(pool, host_pool, pairs, copy.to_host)
+                    _copy_on_cpu(*part)
                 else:
-                    _copy_on_gpu(pool, host_pool, pairs, copy.to_host, stream)
-                moved += len(pairs) * host_pool.page_bytes
+                    _copy_on_gpu(*part, stream)
+                moved += len(pairs) * sum(run.size for run in share.runs[copy.to_host])
             if stream is not None:
                 stream.synchronize()
         return PagesCopied(copy.copy_id, error, moved, time.perf_counter() - begin)
@@ -98,29 +146,36 @@ def _unpin(host: HostPools) -> None:
 
 
 def _copy_on_cpu(
-    pool: PagePool, host: HostPool, pages: list[tuple[int, int]], to_host: bool
+    pool: PagePool, host: HostPool, pages: list[tuple[int, int]], share: _Share, to_host: bool
 ) -> None:
-    size = host.page_bytes
     device, there = pool.region.address, host.region.address
     for page, host_page in pages:
-        ours, theirs = device + page * size, there + host_page * size
-        target, source = (theirs, ours) if to_host else (ours, theirs)
-        ctypes.memmove(target, source, size)  # lets other threads run
+        for run in share.runs[to_host]:
+            ours = device + page * share.device_bytes + run.device
+            theirs = there + host_page * share.host_bytes + run.host
+            target, source = (theirs, ours) if to_host else (ours, theirs)
+            ctypes.memmove(target, source, run.size)  # lets other threads run
 
 
 def _copy_on_gpu(
     pool: PagePool,
     host: HostPool,
     pages: list[tuple[int, int]],
+    share: _Share,
     to_host: bool,
     stream: torch.cuda.Stream,
 ) -> None:
+    if not share.device_bytes:
+        return
     rows = torch.frombuffer(host.buffer, dtype=torch.uint8, count=host.num_pages * host.page_bytes)
     rows = rows.view(host.num_pages, host.page_bytes)
-    device = pool.data.view(torch.uint8).view(len(pool.data), host.page_bytes)
+    device = pool.data.view(torch.uint8).view(len(pool.data), share.device_bytes)
     with torch.cuda.stream(stream):
         for page, host_page in pages:
-            if to_host:
-                rows[host_page].copy_(device[page], non_blocking=True)
-            else:
-                device[page].copy_(rows[host_page], non_blocking=True)
+            for run in share.runs[to_host]:
+                theirs = rows[host_page, run.host : run.host + run.size]
+                ours = device[page, run.device : run.device + run.size]
+                if to_host:
+                    theirs.copy_(ours, non_blocking=True)
+                else:
+                    ours.copy_(theirs, non_blocking=True)

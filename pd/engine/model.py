@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from transfer.topology import ReplicaLayout
 
 LAYOUT_VERSION = 1
 """Of rule 1's byte order; part of the compatibility check and of every page hash."""
+
+_loading = threading.Lock()
+"""transformers changes global settings meanwhile, and a process may have several ranks."""
 
 AttentionInterface.register(attention.IMPLEMENTATION, attention.paged_attention)
 
@@ -59,7 +63,7 @@ class ModelRunner:
             PageLayout(group, page_tokens, self.dtype.itemsize) for group in self.groups
         ]
         """Of whole pages, with all heads and layers."""
-        whole = ReplicaLayout(ranks.topology, tuple(self.layouts))
+        self.replica_layout = whole = ReplicaLayout(ranks.topology, tuple(self.layouts))
         self.rank_layouts = [whole.rank_layout(g, ranks.rank) for g in range(len(self.groups))]
         """Of this rank's part of them."""
         self.vocab_size: int = text_config.vocab_size
@@ -71,7 +75,8 @@ class ModelRunner:
             for number, layout in enumerate(self.rank_layouts)
             for place, layer in enumerate(layout.group.layers)
         }
-        self.model = self._load(folder, spec, config)
+        with _loading:
+            self.model = self._load(folder, spec, config)
         self.end_tokens = _end_tokens(folder, self.model)
         self.pools: list[PagePool] = []
 

@@ -16,10 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]
-    AllreduceOptions,
     PrefixStore,
     ProcessGroupGloo,
-    ReduceOp,
     Store,
     TCPStore,
 )
@@ -48,6 +46,16 @@ def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
         raise RankError(f"rendezvous at {host}:{port}: {error}") from error
 
 
+def exchange(store: TCPStore, what: str, rank: int, num_ranks: int, own: bytes) -> list[bytes]:
+    """What each rank says, by rank; waits for all, as long as the store was told to. `what` names
+    it, once. Raises RankError."""
+    try:
+        store.set(f"{what}-{rank}", own)  # type: ignore[arg-type]
+        return [store.get(f"{what}-{each}") for each in range(num_ranks)]
+    except RuntimeError as error:
+        raise RankError(f"rank {rank} waits for the others' {what}: {error}") from error
+
+
 class Group:
     """Ranks that exchange tensors, in one order. Of one rank: nothing is exchanged."""
 
@@ -61,19 +69,11 @@ class Group:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; may be done in place."""
-        return self._reduce(tensor, ReduceOp.SUM)
-
-    def all_reduce_min(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._reduce(tensor, ReduceOp.MIN)
-
-    def _reduce(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
         if self.size == 1:
             return tensor
         there = self._stage(tensor)
-        options = AllreduceOptions()
-        options.reduceOp = op
         with self._named("all_reduce"):
-            self._backend.allreduce([there], options).wait()
+            self._backend.allreduce([there]).wait()
         return there.to(tensor.device)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,10 @@ class Group:
             self._backend.recv([there], sender, 0).wait()
         return there.to(tensor.device)
 
+    def limit(self, timeout_s: float) -> None:
+        if self._backend is not None:
+            self._backend.set_timeout(datetime.timedelta(seconds=timeout_s))
+
     def abort(self) -> None:
         """End what waits here, on whatever thread it does."""
         if self._backend is not None:
@@ -139,7 +143,8 @@ class Ranks:
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
         backend: Backend = "gloo",
     ) -> None:
-        """Waits for the other ranks, if there are any. Raises RankError."""
+        """Waits for the other ranks, if there are any. Without a store nobody is met: only to ask
+        what a rank would hold. Raises RankError."""
         self.topology = topology
         self.rank = rank
         self.coord = coord = topology.coord(rank)
@@ -148,8 +153,7 @@ class Ranks:
         def group(name: str, members: list[int], kind: Backend = "gloo") -> Group:
             place = members.index(rank)
             made = None
-            if len(members) > 1:
-                assert store is not None
+            if len(members) > 1 and store is not None:
                 own = PrefixStore(f"{name}-{members[0]}", store)
                 try:
                     made = _make(kind, own, place, len(members), host, timeout)
@@ -159,8 +163,6 @@ class Ranks:
             return Group(name, len(members), place, made, is_staged)
 
         ranks = range(topology.num_ranks)
-        self.world = group("the replica", [*ranks])
-        """By rank; on gloo, for what is said once."""
         self.tp = group("tp", [r for r in ranks if self._is_beside(r, "cp", "pp")], backend)
         self.cp = group("cp", [r for r in ranks if self._is_beside(r, "tp", "pp")], backend)
         self.pp = group("pp", [r for r in ranks if self._is_beside(r, "tp", "cp")], backend)
@@ -173,19 +175,24 @@ class Ranks:
         other = self.topology.coord(rank)
         return all(getattr(other, field) == getattr(self.coord, field) for field in fields)
 
+    def limit(self, timeout_s: float) -> None:
+        """How long collectives may take from now on."""
+        for group in (self.tp, self.cp, self.pp):
+            group.limit(timeout_s)
+
     def abort(self) -> None:
         """End all collectives that wait, here and, by closing their connections, elsewhere."""
-        for group in (self.world, self.tp, self.cp, self.pp):
+        for group in (self.tp, self.cp, self.pp):
             group.abort()
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For people: "rank ..."."""
         return rank_name(self.coord, self.rank)
 
 
 def rank_name(coord: RankCoord, rank: int) -> str:
-    return f"rank {rank} (tp {coord.tp}, cp {coord.cp}, pp {coord.pp})"
+    return f"{rank} (tp {coord.tp}, cp {coord.cp}, pp {coord.pp})"
 
 
 def _make(

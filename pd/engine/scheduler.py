@@ -7,8 +7,13 @@ sequence is admitted when all its pages for the tokens known so far fit; if a ru
 grow, the youngest running sequence is preempted: its pages are released (the index may keep them)
 and its tokens recomputed later.
 
-One step is in flight at a time: `plan` -> `commit`. A sequence dropped meanwhile keeps its pages
-until the commit, because the step writes to them.
+Up to `max_in_flight` steps are in flight, one for each stage of a pipeline: `plan` ... -> `commit`,
+the oldest first. Each stage runs them in order. While a sequence's chunk is in flight the next
+chunk of its prompt may be planned, but nothing after a position whose token is to be sampled; where
+several steps may be in flight, each takes its share of the sequences that need one token. What is
+offered to the index, given back or reused has been committed: a sequence that is dropped or is to
+be preempted keeps its pages until the last step that has it is committed, because steps write to
+them, and pages that leave a window stay while steps in flight may read them.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from transfer.layout import LayerGroup
 
 class Tracked:
     """One sequence: its tokens, and the pages that hold the KV of the first `num_computed` of
-    them."""
+    them, and will hold that of those in flight."""
 
     __slots__ = (
         "admitted_at",
@@ -41,6 +46,7 @@ class Tracked:
         "is_fetched",
         "length",
         "num_computed",
+        "num_in_flight",
         "num_indexed",
         "params",
         "preemptions",
@@ -50,6 +56,7 @@ class Tracked:
         "slid",
         "storage_tokens",
         "tables",
+        "tenant",
     )
 
     def __init__(
@@ -60,15 +67,21 @@ class Tracked:
         hashes: list[bytes],
         num_groups: int,
         now: float,
+        tenant: str = "",
     ) -> None:
         self.buffer = np.empty(len(prompt) + params.max_tokens, np.int32)
         self.buffer[: len(prompt)] = prompt
         self.length = self.prompt_len = len(prompt)
         self.params = params
         self.root = root
+        self.tenant = tenant
+        """Whose request it is; empty: nobody's."""
         self.hashes = hashes
         """Of the full pages of the tokens known; grows as pages fill."""
         self.num_computed = 0
+        """Tokens whose steps have been committed, or whose KV came from elsewhere."""
+        self.num_in_flight = 0
+        """The next so many are being computed."""
         self.num_indexed = 0
         """Pages offered to the index so far."""
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
@@ -94,6 +107,16 @@ class Tracked:
     @property
     def remaining(self) -> int:
         return self.length - self.num_computed
+
+    @property
+    def num_planned(self) -> int:
+        """Tokens computed or in flight."""
+        return self.num_computed + self.num_in_flight
+
+    @property
+    def num_pages(self) -> int:
+        """That its tables cover."""
+        return len(self.tables[0])
 
     def append(self, token: int) -> None:
         self.buffer[self.length] = token
@@ -121,10 +144,11 @@ class Scheduler:
         on_published: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
         on_reused: Callable[[Tracked, int], None] = lambda sequence, num_pages: None,
         fetch: Callable[[Tracked, float], bool] = lambda sequence, now: False,
+        max_in_flight: int = 1,
     ) -> None:
         """`on_published`: these pages of a sequence are complete and in the index. `on_reused`: so
         many leading pages were found there. `fetch`: whether to wait for pages from other tiers;
-        the sequence is then `add`ed again."""
+        the sequence is then `add`ed again. `max_in_flight`: steps."""
         self.index = index
         self.landed: deque[Tracked] = deque()
         """Their pages came by a handover; they only need a row, and get it before those below."""
@@ -137,9 +161,15 @@ class Scheduler:
         self._page_tokens = page_tokens
         self._max_batch_tokens = max_batch_tokens
         self._free_rows = list(range(max_running - 1, -1, -1))
-        self._in_flight: list[tuple[Tracked, int, bool]] = []
+        self._max_in_flight = max_in_flight
+        self._in_flight: deque[list[tuple[Tracked, int, bool]]] = deque()
+        """Steps, the oldest first: (sequence, tokens, whether one is sampled)."""
         self.dropped: set[Tracked] = set()
-        """Left during the step in flight; their pages are released at its commit."""
+        """Left while in flight; their pages are released at the commit of their last step."""
+        self._leaving: dict[Tracked, None] = {}
+        """To be preempted after the commit of their last step."""
+        # Not told to the ranks yet.
+        self._starts: list[RowStart] = []
         self._new_pages: list[list[tuple[int, int, int]]] = [[] for _ in groups]
         self._on_published = on_published
         self._on_reused = on_reused
@@ -158,19 +188,23 @@ class Scheduler:
         self.landed.append(sequence)
 
     def drop(self, sequence: Tracked) -> None:
-        """Forget a sequence and release its pages, at once or when the step in flight ends.
+        """Forget a sequence and release its pages, at once or when the last step that has it ends.
         Idempotent for a sequence that is in no queue: only its pages are released."""
-        if any(sequence is item[0] for item in self._in_flight):
+        self._leaving.pop(sequence, None)
+        if sequence.num_in_flight:
             self.dropped.add(sequence)
         else:
             self._forget(sequence)
             self.release_pages(sequence)
 
     def _forget(self, sequence: Tracked) -> None:
-        if sequence.row >= 0:
+        row = sequence.row
+        if row >= 0:
             self.running.remove(sequence)
-            self._free_rows.append(sequence.row)
+            self._free_rows.append(row)
             sequence.row = -1
+            self._starts = [start for start in self._starts if start.row != row]
+            self._new_pages = [[page for page in new if page[0] != row] for new in self._new_pages]
         for queue in (self.landed, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
@@ -181,8 +215,8 @@ class Scheduler:
 
     @property
     def num_prefilling(self) -> int:
-        """Tokens of prompts in the step in flight."""
-        return sum(count for _, count, _ in self._in_flight if count > 1)
+        """Tokens of prompts in the oldest step in flight."""
+        return sum(count for _, count, _ in self._in_flight[0] if count > 1)
 
     @property
     def num_free_rows(self) -> int:
@@ -224,15 +258,19 @@ class Scheduler:
             firsts.append(min(total, max(len(table), needed)))
         counts = [total - first for first in firsts]
         self._slide(sequence, repeat)
-        # A page to grow for each running sequence, so that a landed one is not preempted at once.
-        if not self.index.can_allocate([count + len(self.running) for count in counts]):
+        # Room to grow, so that a landed one is not preempted at once.
+        if not self.index.can_allocate(counts, firsts, self._next_pages()):
             return None
         for number, first in enumerate(firsts):
             table = sequence.tables[number]
-            slots = self.index.allocate(number, counts[number])
+            slots = self.index.allocate(number, counts[number], first)
             assert slots is not None
             table += [-1] * (first - len(table)) + slots
         return firsts
+
+    def _next_pages(self) -> list[int]:
+        """A page to grow for each running sequence."""
+        return [sequence.num_pages for sequence in self.running]
 
     def _repeat_position(self, sequence: Tracked) -> int:
         """Where the same prompt, sent again, could start to compute."""
@@ -261,17 +299,17 @@ class Scheduler:
     def _grow(self, sequence: Tracked, num_tokens: int) -> bool:
         """Make the tables cover the first `num_tokens` tokens; False (nothing changed) without
         room."""
-        total = self._pages_for(num_tokens)
-        counts = [max(0, total - len(table)) for table in sequence.tables]
-        if not any(counts):
+        first = sequence.num_pages
+        count = self._pages_for(num_tokens) - first
+        if count <= 0:
             return True
-        if not self.index.can_allocate(counts):
+        groups = range(len(self._groups))
+        if not self.index.can_allocate([count for _ in groups], [first for _ in groups]):
             return False
-        for number, count in enumerate(counts):
-            slots = self.index.allocate(number, count)
+        for number, table in enumerate(sequence.tables):
+            slots = self.index.allocate(number, count, first)
             assert slots is not None
-            table = sequence.tables[number]
-            self._announce(sequence.row, number, len(table), slots)
+            self._announce(sequence.row, number, first, slots)
             table += slots
         return True
 
@@ -283,33 +321,39 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------- steps
 
     def plan(self, now: float, lacks_pages_since: float = math.inf) -> StepCommand | None:
-        """The next step, or None when there is nothing to do (or one is in flight). A waiting
+        """The next step, or None when there is nothing to do, or enough is in flight. A waiting
         request that came after `lacks_pages_since` is not admitted: one elsewhere that came then
         waits for pages, and would never find them while later ones do."""
-        if self._in_flight:
+        if len(self._in_flight) >= self._max_in_flight:
             return None
+        for victim in [sequence for sequence in self._leaving if not sequence.num_in_flight]:
+            self._preempt(victim)
         budget = self._max_batch_tokens
         items: list[tuple[Tracked, int]] = []
-        starts: list[RowStart] = []
         planned: set[Tracked] = set()
 
         def take(sequence: Tracked) -> None:
             nonlocal budget
             self._slide(sequence, sequence.num_computed)
-            count = min(sequence.remaining, budget)
-            while not self._grow(sequence, sequence.num_computed + count):
+            count = min(sequence.length - sequence.num_planned, budget)
+            while not self._grow(sequence, sequence.num_planned + count):
+                if self._leaving or self.dropped or sequence.num_in_flight:
+                    return  # with the next commits pages come back, of its own window perhaps
                 victim = next(s for s in reversed(self.running) if s not in planned)
-                self._preempt(victim, starts)
+                if victim.num_in_flight:
+                    self._leaving[victim] = None
+                    return
+                self._preempt(victim)
                 if victim is sequence:
                     return
             items.append((sequence, count))
             planned.add(sequence)
             budget -= count
 
-        for single in (True, False):
-            for sequence in list(self.running):
-                if budget and sequence.row >= 0 and (sequence.remaining == 1) is single:
-                    take(sequence)
+        singles, prefills = self._plannable()
+        for sequence in (*singles[: -(-len(self.running) // self._max_in_flight)], *prefills):
+            if budget and sequence.row >= 0 and sequence not in self._leaving:
+                take(sequence)
         while (self.landed or self.waiting) and self._free_rows and budget:
             is_first = self._is_waiting_first(lacks_pages_since)
             if is_first and not self.waiting[0].is_fetched and self._fetch(self.waiting[0], now):
@@ -321,13 +365,23 @@ class Scheduler:
                 sequence = self.landed.popleft()
             else:
                 break
-            self._start(sequence, now, starts)
+            self._start(sequence, now)
             take(sequence)
-            if sequence.row < 0:
+            if sequence not in planned:
                 break
         if not items:
             return None
-        return self._command(items, starts)
+        return self._command(items)
+
+    def _plannable(self) -> tuple[list[Tracked], list[Tracked]]:
+        """Running sequences that need one token, and those that need more."""
+        singles: list[Tracked] = []
+        prefills: list[Tracked] = []
+        for sequence in self.running:
+            left = sequence.length - sequence.num_planned
+            if left and sequence not in self.dropped:
+                (singles if left == 1 else prefills).append(sequence)
+        return singles, prefills
 
     def _is_waiting_first(self, lacks_pages_since: float) -> bool:
         if not self.waiting or self.waiting[0].arrived_at > lacks_pages_since:
@@ -342,15 +396,17 @@ class Scheduler:
         """Match the prefix if all pages that the tokens known so far need will fit at once, and one
         to grow for each running sequence."""
         self.match_prefix(sequence)
+        first, cp = sequence.num_pages, self.index.cp
         counts = []
         for group, table in zip(self._groups, sequence.tables, strict=True):
-            need = self._pages_for(sequence.length) - len(table)
+            need = self._pages_for(sequence.length) - first
             if group.kind == "sliding":
                 held = sum(slot >= 0 for slot in table)
                 most = self._pages_for(group.window + self._max_batch_tokens) + 1
-                need = min(need, most - held)
-            counts.append(need + len(self.running))
-        if not self.index.can_allocate(counts):
+                # Of consecutive pages, wherever they begin, a rank holds at most so many.
+                need = min(need, -(-most // cp) * cp - held)
+            counts.append(need)
+        if not self.index.can_allocate(counts, [first for _ in counts], self._next_pages()):
             self.release_pages(sequence)
             return False
         if sequence.admitted_at < 0:
@@ -362,12 +418,12 @@ class Scheduler:
             self._on_reused(sequence, sequence.num_indexed)
         return True
 
-    def _start(self, sequence: Tracked, now: float, starts: list[RowStart]) -> None:
+    def _start(self, sequence: Tracked, now: float) -> None:
         sequence.row = self._free_rows.pop()
         if sequence.admitted_at < 0:
             sequence.admitted_at = now
         self.running.append(sequence)
-        starts.append(
+        self._starts.append(
             RowStart(
                 sequence.row,
                 sequence.params,
@@ -378,10 +434,8 @@ class Scheduler:
         for number, table in enumerate(sequence.tables):
             self._announce(sequence.row, number, 0, table)
 
-    def _preempt(self, victim: Tracked, starts: list[RowStart]) -> None:
-        starts[:] = [start for start in starts if start.row != victim.row]
-        for number, pages in enumerate(self._new_pages):
-            self._new_pages[number] = [page for page in pages if page[0] != victim.row]
+    def _preempt(self, victim: Tracked) -> None:
+        self._leaving.pop(victim, None)
         self._forget(victim)
         self.release_pages(victim)
         victim.is_fetched = False  # its pages are cache now, and may be gone when it resumes
@@ -389,35 +443,39 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.appendleft(victim)
 
-    def _command(self, items: list[tuple[Tracked, int]], starts: list[RowStart]) -> StepCommand:
-        items.sort(key=lambda item: (item[1] > 1, item[0].num_computed))
-        self._in_flight = [(s, n, s.num_computed + n == s.length) for s, n in items]
+    def _command(self, items: list[tuple[Tracked, int]]) -> StepCommand:
+        items.sort(key=lambda item: (item[1] > 1, item[0].num_planned))
+        step = [(s, n, s.num_planned + n == s.length) for s, n in items]
         command = StepCommand(
-            starts=starts,
+            starts=self._starts,
             rows=np.array([s.row for s, _ in items], np.int32),
-            positions=np.array([s.num_computed for s, _ in items], np.int32),
+            positions=np.array([s.num_planned for s, _ in items], np.int32),
             counts=np.array([n for _, n in items], np.int32),
-            sample=np.array([sample for _, _, sample in self._in_flight], np.bool_),
-            tokens=np.concatenate(
-                [s.buffer[s.num_computed : s.num_computed + n] for s, n in items]
-            ),
+            sample=np.array([sample for _, _, sample in step], np.bool_),
+            tokens=np.concatenate([s.buffer[s.num_planned : s.num_planned + n] for s, n in items]),
             pages=[np.array(pages, np.int32).reshape(-1, 3) for pages in self._new_pages],
         )
+        for sequence, count in items:
+            sequence.num_in_flight += count
+        self._in_flight.append(step)
+        self._starts = []
         self._new_pages = [[] for _ in self._groups]
         return command
 
     def commit(self, result: StepResult) -> list[Progress]:
-        """Apply a step's result; sequences dropped during the step are released and left out."""
+        """Apply the result of the oldest step in flight; sequences that were dropped since it was
+        planned are left out, and released with their last step."""
         progress = []
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))
-        in_flight, self._in_flight = self._in_flight, []
-        for sequence, count, sample in in_flight:
+        for sequence, count, sample in self._in_flight.popleft():
             sequence.num_computed += count
+            sequence.num_in_flight -= count
             token, logprob = next(sampled) if sample else (None, None)
             self.publish(sequence)
             if sequence in self.dropped:
-                self.dropped.remove(sequence)
-                self.drop(sequence)
+                if not sequence.num_in_flight:
+                    self.dropped.remove(sequence)
+                    self.drop(sequence)
                 continue
             if token is not None:
                 sequence.append(token)
@@ -437,6 +495,7 @@ class Scheduler:
             sequence.hashes += page_hashes(tokens, page_tokens, parent)
         parent = sequence.hashes[begin - 1] if begin else sequence.root
         slots = [table[begin:end] for table in sequence.tables]
-        self.index.insert(parent, sequence.hashes[begin:end], slots, begin)
+        tenant = sequence.tenant or None
+        self.index.insert(parent, sequence.hashes[begin:end], slots, begin, tenant)
         sequence.num_indexed = end
         self._on_published(sequence, begin, end)

@@ -14,8 +14,10 @@ gives a head to several ranks where there are more ranks than heads.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pd.cost import UnsupportedModelError
+from pd.cost import RankParts, UnsupportedModelError
 from pd.engine.ranks import Ranks
-from transfer.topology import Topology
+from transfer.topology import RankCoord, Topology
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SHARED = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -64,6 +66,55 @@ def check_topology(config: Any, topology: Topology) -> None:
         )
 
 
+def balanced(topology: Topology, config: Any) -> Topology:
+    """With stages of layers that have as equal numbers of parameters as can be, the embeddings with
+    the first stage and the head with the last. Raises UnsupportedModelError."""
+    check_topology(config, topology)
+    if topology.pp == 1:
+        return topology
+    with torch.device("meta"):
+        model = _class_of(config)(copy.deepcopy(config))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers]
+    head = model.get_output_embeddings().weight.numel()
+    sizes[0] += model.get_input_embeddings().weight.numel()
+    sizes[-1] += head
+    return dataclasses.replace(topology, stage_ends=_even_ends(sizes, topology.pp))
+
+
+def rank_parts(topology: Topology, config: Any) -> RankParts:
+    """Raises UnsupportedModelError."""
+    topology = balanced(topology, config)
+    parameters = []
+    for stage in range(topology.pp):
+        ranks = Ranks(topology, topology.rank(RankCoord(0, 0, stage)))
+        layers = topology.stage_layers(config.num_hidden_layers, stage)
+        skeleton = _skeleton(config, layers, ranks)
+        parameters.append(sum(p.numel() for p in skeleton.parameters()))
+    return RankParts(topology, tuple(parameters))
+
+
+def _skeleton(config: Any, layers: range, ranks: Ranks) -> Any:
+    """A rank's part without its numbers."""
+    with torch.device("meta"):
+        return _part_class(_class_of(config), layers, ranks)(local_config(config, ranks))
+
+
+def _even_ends(sizes: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Cut into runs of at least one, so that the largest sum is the least."""
+
+    @functools.cache
+    def best(first: int, left: int) -> tuple[int, tuple[int, ...]]:
+        if left == 1:
+            return sum(sizes[first:]), (len(sizes),)
+        choices = []
+        for end in range(first + 1, len(sizes) - left + 2):
+            rest, ends = best(end, left - 1)
+            choices.append((max(sum(sizes[first:end]), rest), (end, *ends)))
+        return min(choices)
+
+    return best(0, stages)[1]
+
+
 def local_config(config: Any, ranks: Ranks) -> Any:
     """Of the smaller model that a rank holds."""
     tp = ranks.topology.tp
@@ -98,11 +149,9 @@ def load_part(
     UnsupportedModelError."""
     check_topology(config, ranks.topology)
     local = local_config(config, ranks)
-    full_class = _class_of(config)
-    part_class = _part_class(full_class, layers, ranks)
-    with torch.device("meta"):
-        skeleton = part_class(copy.deepcopy(local))
-    shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    part_class = _part_class(_class_of(config), layers, ranks)
+    state = _skeleton(config, layers, ranks).state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     cut = _Cut(config, shapes, ranks, layers)
     if is_random:
         torch.manual_seed(0)
@@ -122,7 +171,7 @@ def load_part(
     for what in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info[what])):
             raise UnsupportedModelError(
-                f"{ranks.name}: {what.replace('_', ' ')} in {folder}: {', '.join(names[:5])}"
+                f"rank {ranks.name}: {what.replace('_', ' ')} in {folder}: {', '.join(names[:5])}"
             )
     _add_hooks(model, layers, ranks, config.vocab_size)
     return model
@@ -301,14 +350,16 @@ def _add_hooks(model: Any, layers: range, ranks: Ranks, vocab_size: int) -> None
 def _split_embeddings(embedding: nn.Module, first: int, count: int, ranks: Ranks) -> None:
     """Ranks have the rows of different words: what a rank lacks counts as nothing."""
 
+    is_own = torch.empty(0)
+
     def to_own(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        nonlocal is_own
         own = args[0] - first
         is_own = (own >= 0) & (own < count)
-        embedding._is_own = is_own  # type: ignore[assignment]
         return (own.where(is_own, 0),)
 
     def add(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        return ranks.tp.all_reduce(output * embedding._is_own[..., None])
+        return ranks.tp.all_reduce(output * is_own[..., None])
 
     embedding.register_forward_pre_hook(to_own)
     embedding.register_forward_hook(add)

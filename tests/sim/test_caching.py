@@ -18,6 +18,7 @@ SLIDING = LayerGroup("sliding", (0,), 1, 1, window=10)
 NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 HIT_SEEDS = range(30)
 FAULT_SEEDS = range(45)
+WRITES = ("write_through", "write_through_selective", "write_back")
 
 
 @dataclasses.dataclass
@@ -159,6 +160,42 @@ def test_conversations_find_their_pages_in_the_host_tier_and_in_storage() -> Non
     assert num_in > 200
     assert num_read > 100
     assert num_tokens > 500
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pages_are_their_tenants_in_all_tiers_and_quotas_hold(seed: int) -> None:
+    """Prefill and decode replicas alike; one tenant has a small quota, another none."""
+    rng = random.Random(900 + seed)
+    cache = CacheSpec(host=HostCacheSpec(memory=1 << 20, write=WRITES[seed % len(WRITES)]))
+    simulation = make_simulation(seed, rng, cache, Faults(), None, 300)
+    has_tenants = any(group.kind != "sliding" for group in simulation.replicas[NAMES[0]].groups)
+    for keeper in simulation.keepers.values():
+        if has_tenants:
+            keeper.index.set_quota("poor", 6)
+    turns = make_turns(rng, 8, 60.0)
+    for turn in turns:
+        tenant = "poor" if turn.request_id < "c4" else "rich"
+        simulation.at(
+            turn.when,
+            lambda t=turn, tenant=tenant: simulation.generate(
+                t.request_id, t.prompt, t.max_tokens, t.decode, t.prefill, tenant=tenant
+            ),
+        )
+    simulation.run()
+    check_tokens(simulation, turns)
+    check_idle(simulation)
+    if not has_tenants:
+        return
+    indexes = [replica.leader.index for replica in simulation.replicas.values()]
+    for index in indexes:
+        assert set(index.tenant_pages()) <= {"poor", "rich"}
+        assert sum(index.tenant_pages().values()) == index.num_cached(0)
+    assert set().union(*(index.tenant_pages() for index in indexes)) == {"poor", "rich"}
+    hosts = [keeper.index for keeper in simulation.keepers.values()]
+    for index in hosts:
+        assert sum(index.tenant_pages().values()) == index.num_cached(0)
+        assert index.tenant_pages().get("poor", 0) <= 6
+    assert sum(index.tenant_pages().get("rich", 0) for index in hosts) > 6
 
 
 @pytest.mark.parametrize("seed", FAULT_SEEDS)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from cluster_sim import PAGE, ROOT, SimReplica
 
 from hicache.keys import page_hashes
 from pd import messages
+from pd.checks import is_sound
 from pd.engine.batch import StepResult
 from pd.events import (
     Digest,
@@ -43,6 +45,7 @@ from pd.messages import (
     Unknown,
     pack_ints,
 )
+from transfer.topology import Topology
 
 _INTS = (0, 1, 1, 2, 3, 4, 5, 7, 60, -1, 2**31, 2**40, -(2**40), 2**63 - 1)
 _FLOATS = (0.0, 1.0, 30.0, 1e5, -1.0, float("inf"), float("nan"))
@@ -81,9 +84,10 @@ def strange(rng: random.Random) -> AnyMessage:
     landed, complete = tuple(number() for _ in some()), rng.random() < 0.5
     targets = tuple(GroupPages(number(), raw()) for _ in some())
     digests = tuple(raw() for _ in some())
-    ours = Generate(name(), raw(), raw(), raw(), params, name(), real())
+    tenant = rng.choice(("", "a", "x" * 128, "x" * 129))
+    ours = Generate(name(), raw(), raw(), raw(), params, name(), real(), tenant)
     theirs = Reserve(
-        number(), number(), name(), raw(), raw(), raw(), params, targets, real(), complete
+        number(), number(), name(), raw(), raw(), raw(), params, targets, real(), complete, tenant
     )
     done = PrefillDone(number(), name(), number(), None, number(), real(), real())
     written = PagesWritten(
@@ -107,15 +111,24 @@ def sound(rng: random.Random) -> tuple[Generate, Reserve]:
     return ours, theirs
 
 
+def test_a_tenants_name_is_bounded() -> None:
+    groups = SimReplica("decode-0", 40, 8, 4, 0).groups
+    for message in sound(random.Random(0)):
+        for length, expected in ((128, True), (129, False)):
+            named = msgspec.structs.replace(message, tenant="x" * length)
+            assert is_sound(named, groups, PAGE) is expected
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_strange_messages_end_no_replica(seed: int) -> None:
     rng = random.Random(seed)
-    replica = SimReplica("decode-0", 40, 8, 4, 0, verify=rng.random() < 0.5)
+    ours, peers = rng.choice(((Topology(), Topology()), (Topology(2, 2, 2), Topology(cp=3))))
+    replica = SimReplica("decode-0", 40, 8, 4, 0, verify=rng.random() < 0.5, topology=ours)
     leader, now = replica.leader, 0.0
-    ours, theirs = sound(rng)
-    coming: list[Event] = [PeerUp("api"), PeerUp("prefill-0", "prefill")]
-    coming += [PeerUp("decode-1", "decode")]
-    coming += [Received("api", ours), Received("decode-1", theirs)]
+    generate, reserve = sound(rng)
+    coming: list[Event] = [PeerUp("api"), PeerUp("prefill-0", "prefill", peers)]
+    coming += [PeerUp("decode-1", "decode", peers)]
+    coming += [Received("api", generate), Received("decode-1", reserve)]
 
     def handle(event: Event) -> None:
         for effect in leader.handle(event, now):

@@ -1,11 +1,12 @@
 """Leaders on a virtual clock, with seeded faults, and page contents that name their place.
 
-A pool's page is a list of (token prefix hash) per offset, so that a step can check that every key
-it attends to is the right one, and a byte in the wrong page is seen at once. The sampled token is a
-function of the whole prefix. Messages between two leaders are lost, repeated and overtake each
-other; those of the API keep their order. A write that fails leaves garbage behind, one that is
-stuck has no end until its link is broken. A replica that dies may start again under its name, with
-another incarnation; the others hear of it later, each at its time.
+Each rank has pools of its own, whose elements name token prefix, head, layer and plane
+(rank_memory.py), so that a step can check that every key it attends to is the right one, and a byte
+in the wrong place is seen at once. The sampled token is a function of the whole prefix. As many
+steps are in flight as there are stages. Messages between two leaders are lost, repeated and
+overtake each other; those of the API keep their order. A write that fails leaves garbage behind,
+one that is stuck has no end until its link is broken. A replica that dies may start again under its
+name, with another incarnation; the others hear of it later, each at its time.
 
 Replicas may have a keeper on their node (cache_world.py): a process that dies as they do, with
 messages that fare like theirs. Copies between the tiers take random time; until its end the target
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from cache_world import GARBAGE, SimKeeper
+from rank_memory import ELEMENT_BYTES, Ranks, next_token, prefix_keys
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
@@ -50,9 +52,9 @@ from pd.leader import Leader
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
 from pd.spec import CacheSpec, Role
 from transfer.layout import LayerGroup, PageLayout
+from transfer.topology import Topology
 
 PAGE = 4
-VOCABULARY = 97
 ROOT = root_hash("sim")
 GROUPS = (
     LayerGroup("full", (0,), 1, 1),
@@ -62,23 +64,17 @@ _CHECK_EVERY = 5
 """Events; a check takes longer than an event."""
 
 
-def prefix_key(tokens: Any) -> int:
-    return hash(tuple(int(t) for t in tokens))
-
-
-def next_token(tokens: Any) -> int:
-    return prefix_key(tokens) % VOCABULARY
-
-
 def reference(prompt: list[int], max_tokens: int) -> list[int]:
-    tokens = list(prompt)
+    tokens: list[int] = []
+    key = prefix_keys(prompt)[-1]
     for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
+        tokens.append(next_token(key))
+        key = prefix_keys(tokens[-1:], key)[0]
+    return tokens
 
 
 class SimReplica:
-    """One incarnation: a leader with a rank whose KV are prefix hashes."""
+    """One incarnation: a leader with ranks whose KV are prefix hashes."""
 
     def __init__(
         self,
@@ -91,9 +87,10 @@ class SimReplica:
         groups: tuple[LayerGroup, ...] = GROUPS,
         cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
         token_seconds: float = 0.0,
+        topology: Topology = Topology(),  # noqa: B008 (frozen)
     ) -> None:
-        """`token_seconds`: how long its steps say that a token takes; 0: they do not say."""
-        num_pages = [pages for _ in groups]
+        """`pages`: of each rank. `token_seconds`: how long its steps say that a token takes; 0:
+        they do not say."""
         self.arguments = (
             name,
             pages,
@@ -104,13 +101,16 @@ class SimReplica:
             groups,
             cache,
             token_seconds,
+            topology,
         )
         self.name = name
         self.role: Role = "prefill" if name.startswith("prefill") else "decode"
         self.alive = True
         self.groups = groups
-        self.index = PageIndex(groups, num_pages, PAGE)
-        layouts = [PageLayout(group, PAGE, 4) for group in groups]
+        self.topology = topology
+        cp = topology.cp
+        self.index = PageIndex(groups, [cp * pages for _ in groups], PAGE, cp=cp)
+        layouts = [PageLayout(group, PAGE, ELEMENT_BYTES) for group in groups]
         self.leader = Leader(
             name,
             self.index,
@@ -118,51 +118,22 @@ class SimReplica:
             max_batch_tokens,
             max_running,
             local,
+            topology,
             verify=verify,
             cache=cache,
+            max_in_flight=topology.pp,
         )
         self.token_seconds = token_seconds
         self.frozen: list[Event] | None = None
         """While it hangs: what it will then find."""
         self.peers: dict[str, SimReplica | SimKeeper] = {}
         """The incarnations that it knows of."""
-        self.pools: list[list[list[int | None]]] = [
-            [[None] * PAGE for _ in range(pages)] for _ in groups
-        ]
-        self.tables: list[dict[tuple[int, int], int]] = [{} for _ in groups]
-        self.history: dict[int, list[int]] = {}
+        self.ranks = Ranks(topology, layouts, pages)
+        self.stages_free_at = [0.0] * topology.pp
 
-    def step(self, command: StepCommand) -> StepResult:
-        for start in command.starts:
-            self.history[start.row] = start.tokens.tolist()
-        for table, update in zip(self.tables, command.pages, strict=True):
-            for row, page, slot in update.tolist():
-                table[row, page] = slot
-        sampled = []
-        offset = 0
-        items = zip(command.rows, command.positions, command.counts, command.sample, strict=True)
-        for row, position, count, sample in items:
-            row, position, count = int(row), int(position), int(count)
-            tokens = self.history[row]
-            chunk = command.tokens[offset : offset + count].tolist()
-            offset += count
-            assert tokens[position : position + count] == chunk
-            for p in range(position, position + count):
-                for pool, table in zip(self.pools, self.tables, strict=True):
-                    pool[table[row, p // PAGE]][p % PAGE] = prefix_key(tokens[: p + 1])
-            for group, pool, table in zip(self.groups, self.pools, self.tables, strict=True):
-                for query in (position, position + count - 1):
-                    first = 0 if group.kind == "full" else max(0, query - group.window + 1)
-                    for p in range(first, query + 1):
-                        found = pool[table[row, p // PAGE]][p % PAGE]
-                        assert found == prefix_key(tokens[: p + 1]), (
-                            f"{self.name}: {group.kind} key {p} of query {query} is wrong"
-                        )
-            if sample:
-                token = next_token(tokens[: position + count])
-                if position + count == len(tokens):
-                    tokens.append(token)
-                sampled.append(token)
+    def run_stage(self, command: StepCommand, stage: int) -> StepResult:
+        references = [self.index.references(group) for group in range(len(self.groups))]
+        sampled = self.ranks.step(command, stage, references)
         seconds = self.token_seconds * len(command.tokens)
         return StepResult(sampled, [None] * len(sampled), seconds)
 
@@ -233,8 +204,10 @@ class Simulation:
         if isinstance(node, SimKeeper):
             node.keeper.client_up(other.name)
         else:
-            role = "cache" if isinstance(other, SimKeeper) else other.role
-            self.deliver(node, PeerUp(other.name, role))
+            if isinstance(other, SimKeeper):
+                self.deliver(node, PeerUp(other.name, "cache"))
+            else:
+                self.deliver(node, PeerUp(other.name, other.role, other.topology))
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         self._tie += 1
@@ -275,10 +248,12 @@ class Simulation:
         decode: str,
         prefill: str,
         timeout: float = 1e6,
+        tenant: str = "",
     ) -> None:
         hashes = b"".join(page_hashes(np.array(prompt, np.int32), PAGE, ROOT))
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        message = Generate(request_id, pack_ints(prompt), ROOT, hashes, params, prefill, timeout)
+        tokens = pack_ints(prompt)
+        message = Generate(request_id, tokens, ROOT, hashes, params, prefill, timeout, tenant)
         self.outputs[request_id] = []
         self._send_in_order("api", decode, message)
 
@@ -350,7 +325,7 @@ class Simulation:
                 case Send(to, message):
                     self._send(replica, to, message)
                 case RunStep(command):
-                    self.after(5, lambda c=command: self._run_step(replica, c))
+                    self._run_step(replica, command)
                 case Write():
                     self._post(replica, effect)
                 case CancelWrite(write_id):
@@ -371,12 +346,21 @@ class Simulation:
             replica.leader.check_integrity()
 
     def _run_step(self, replica: SimReplica, command: StepCommand) -> None:
+        """One stage after the other, each after the step before this one."""
+        free_at, done = replica.stages_free_at, self.now
+        for stage in range(len(free_at)):
+            done = free_at[stage] = max(done, free_at[stage]) + self.random.random() * 5
+            self.at(done, lambda s=stage: self._run_stage(replica, command, s))
+
+    def _run_stage(self, replica: SimReplica, command: StepCommand, stage: int) -> None:
         if replica.alive:
-            self.deliver(replica, StepDone(replica.step(command)))
+            result = replica.run_stage(command, stage)
+            if stage == replica.topology.pp - 1:
+                self.deliver(replica, StepDone(result))
 
     def _digest(self, replica: SimReplica, digest: Digest) -> None:
-        pool = replica.pools[digest.group]
-        digests = [hash(tuple(pool[page])) % 2**64 for page in digest.pages]
+        read, group = replica.ranks.read, digest.group
+        digests = [hash(tuple(read(group, slot))) % 2**64 for slot in digest.pages.tolist()]
         self.deliver(replica, Digested(digest.digest_id, np.array(digests, np.uint64)))
 
     def _post(self, replica: SimReplica, write: Write) -> None:
@@ -389,20 +373,25 @@ class Simulation:
         if (replica, write_id) not in self._writes:
             return
         write, target = self._writes[replica, write_id]
-        references = replica.index.references(write.group)
-        assert all(page in references for page in write.source_pages), "reads a released page"
+        sources = self._slots(replica, write.source_rank, write.source_pages)
+        assert replica.index.references(write.group).keys() >= sources, "reads a released page"
+        if target.alive:
+            slots = self._slots(target, write.target_rank, write.target_pages)
+            assert target.index.references(write.group).keys() >= slots, "writes a released page"
         if not target.alive:
             self._end_write(replica, write_id, "peer is dead")
         elif self.random.random() < self.faults.fail_writes:
             self._end_write(replica, write_id, "lost")
         else:
-            is_corrupt = self.random.random() < self.faults.corrupt_writes
-            for source, destination in zip(write.source_pages, write.target_pages, strict=True):
-                content = list(replica.pools[write.group][source])
-                if is_corrupt:
-                    content[self.random.randrange(PAGE)] = GARBAGE
-                target.pools[write.group][destination] = content
+            pool = replica.ranks.pools[write.source_rank][write.group]
+            other = target.ranks.pools[write.target_rank][write.group]
+            pool.write(write.source_pages, other, write.target_pages, write.part)
+            if self.random.random() < self.faults.corrupt_writes:
+                other.spoil(write.target_pages, write.part, self.random.randrange(1 << 20))
             self._end_write(replica, write_id, None)
+
+    def _slots(self, replica: SimReplica, rank: int, pages: Any) -> set[int]:
+        return {replica.ranks.slot(rank, page) for page in pages.tolist()}
 
     def _end_write(self, replica: SimReplica, write_id: int, error: str | None) -> None:
         """One that fails may have left anything in its pages."""
@@ -410,19 +399,21 @@ class Simulation:
         if write is None or target is None or not replica.alive:
             return
         if error is not None and target.alive:
-            for destination in write.target_pages:
-                target.pools[write.group][destination] = [GARBAGE] * PAGE
+            pool = target.ranks.pools[write.target_rank][write.group]
+            pool.spoil(write.target_pages, write.part)
         written = Written(write_id, error, 1, len(write.source_pages), 0.1)
         self.after(2, lambda: self.deliver(replica, written))
 
     def _copy(self, replica: SimReplica, copy: CopyPages) -> None:
         # It has the memory mapped that the keeper had when this began.
         (keeper,) = (peer for peer in replica.peers.values() if isinstance(peer, SimKeeper))
-        pools = keeper.pools if copy.to_host else replica.pools
         targets = copy.host_pages if copy.to_host else copy.device_pages
-        for pool, pages in zip(pools, targets, strict=True):
+        for group, pages in enumerate(targets):
             for page in pages.tolist():
-                pool[page] = [GARBAGE] * PAGE
+                if copy.to_host:
+                    keeper.pools[group][page] = [GARBAGE] * PAGE
+                else:
+                    replica.ranks.fill(group, page, [GARBAGE] * PAGE)
         self.after(10, lambda: self._end_copy(replica, keeper, copy))
 
     def _end_copy(self, replica: SimReplica, keeper: SimKeeper, copy: CopyPages) -> None:
@@ -430,7 +421,7 @@ class Simulation:
             return
         fails = self.random.random() < self.faults.fail_copies
         num_pages = 0
-        for group, (device, host) in enumerate(zip(replica.pools, keeper.pools, strict=True)):
+        for group, host in enumerate(keeper.pools):
             pages, host_pages = copy.device_pages[group].tolist(), copy.host_pages[group].tolist()
             num_pages += len(pages)
             assert {*pages} <= replica.index.references(group).keys(), "copies a released page"
@@ -440,11 +431,12 @@ class Simulation:
                 if fails and self.random.random() < 0.5:
                     continue
                 if copy.to_host:
-                    assert GARBAGE not in device[page]
-                    assert None not in device[page]
-                    host[host_page] = list(device[page])
+                    content = replica.ranks.read(group, page)
+                    assert GARBAGE not in content
+                    assert None not in content
+                    host[host_page] = content
                 else:
-                    device[page] = list(host[host_page])
+                    replica.ranks.fill(group, page, host[host_page])
         error = "it failed" if fails else None
         self.deliver(replica, PagesCopied(copy.copy_id, error, num_pages, 0.1))
 

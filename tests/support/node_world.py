@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ from pd.api.client import EngineClient
 from pd.cache_node import CacheNode
 from pd.messages import AnyMessage, Output, SamplingParams
 from pd.node import Member, Node, NodeConfig
+from pd.rank import endpoint
+from pd.rank_node import RankNode
 from pd.replica_node import ReplicaNode
 from pd.router import Router
-from pd.spec import ClusterSpec, MemberRole
+from pd.spec import ClusterSpec, MemberRole, replica_role
 
 DEADLINE_S = 60
 
@@ -72,18 +75,41 @@ async def cluster(spec: ClusterSpec, sockets: str) -> AsyncIterator[list[Node]]:
     if spec.cache.host is not None:
         roles["cache-0"] = "cache"
     nodes: list[Node] = []
+    ranks: dict[str, list[RankNode]] = {}
+    """By replica, all but the first."""
+    role_specs = dict(spec.roles.items())
     for name, role in roles.items():
         kind = ClientNode if role is None else CacheNode if role == "cache" else ReplicaNode
-        nodes.append(
-            kind(NodeConfig(name, role, spec, spec.model.path, sockets, curve, "127.0.0.1"))
-        )
+        config = NodeConfig(name, role, spec, spec.model.path, sockets, curve, "127.0.0.1")
+        node = kind(config)
+        nodes.append(node)
+        if isinstance(node, ReplicaNode):
+            count = role_specs[replica_role(role)].topology.num_ranks
+            if count > 1:
+                node.make_meeting()
+            ranks[name] = [
+                RankNode(
+                    dataclasses.replace(config, name=endpoint(name, rank), rank=rank, replica=name)
+                )
+                for rank in range(1, count)
+            ]
+            for each in ranks[name]:
+                each.meeting = node.meeting
+    ranks_of: dict[str, list[Member]] = {}
     async with contextlib.AsyncExitStack() as stack:
         members = []
         for node in nodes:
-            stack.push_async_callback(_stop, node)
-            members.append(await asyncio.wait_for(node.start(), DEADLINE_S))
+            together = [node, *ranks.get(node.name, [])]
+            for each in together:
+                stack.push_async_callback(_stop, each)
+            starting = asyncio.gather(*(each.start() for each in together))
+            first, *others = await asyncio.wait_for(starting, DEADLINE_S)
+            members.append(first)
+            for each, member in zip(ranks.get(node.name, []), others, strict=True):
+                each.set_members([first, member])
+            ranks_of[node.name] = others
         for node in reversed(nodes):
-            node.set_members(members)
+            node.set_members([*ranks_of[node.name], *members])
         yield nodes
 
 

@@ -171,6 +171,11 @@ class RayHead:
 
         wait_until(is_ready, f"a Ray head at {self.dashboard}", START_S)
 
+    def log_of(self, pid: int) -> str:
+        """What a process of an actor said on stderr."""
+        (path,) = self.folder.glob(f"session_2*/logs/worker-*-{pid}.err")
+        return path.read_text()
+
     def stop(self) -> None:
         processes = descendants(self._process.pid)
         self._process.terminate()
@@ -270,6 +275,18 @@ class Cluster:
     def post(self, path: str, timeout_s: float = 120, **body: Any) -> requests.Response:
         body = {"model": "tiny", **body}
         return requests.post(self.url + path, json=body, headers=self._headers(), timeout=timeout_s)
+
+    def change_caches(self, path: str, **body: Any) -> None:
+        """POST to a path below /cache, for every keeper."""
+        url = f"{self.url}/cache/{path}"
+        response = requests.post(url, json=body, headers=self._headers(), timeout=90)
+        assert response.ok, response.text
+
+    def keeper(self) -> dict[str, Any]:
+        """The report of the only one."""
+        (report,) = self.get("/cache").json()["keepers"]
+        assert "error" not in report, report
+        return dict(report)
 
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}

@@ -36,12 +36,14 @@ class ReferenceModel:
 
     def is_greedy(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether `generate` would give these tokens, in one forward pass."""
-        logits = self.logits([*prompt, *tokens])
-        return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(tokens)
+        logits = self.logits([*prompt, *tokens], len(tokens) + 1)
+        return logits[:-1].argmax(-1).tolist() == list(tokens)
 
-    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """(len(tokens), vocabulary): row i is what follows tokens[: i + 1]."""
+    def logits(self, tokens: Sequence[int], last: int = 0) -> torch.Tensor:
+        """(len(tokens), vocabulary): row i is what follows tokens[: i + 1]; `last`: so many rows
+        from the end on only."""
+        ids = torch.tensor([list(map(int, tokens))])
         with torch.inference_mode():
-            output = self._model(torch.tensor([list(map(int, tokens))]), use_cache=False)
+            output = self._model(ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits[0].float()
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import socket
 import subprocess
@@ -153,3 +154,50 @@ def running_master(log: Path) -> Iterator[str]:
     finally:
         master.kill()
         master.wait()
+
+
+STORE = """
+import sys, time
+import mooncake.store
+store = mooncake.store.MooncakeDistributedStore()
+address = sys.argv[1]
+assert not store.setup("127.0.0.1", "P2PHANDSHAKE", 64 << 20, 1 << 20, "tcp", "", address)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def start_store(log: Path, address: str) -> subprocess.Popen[bytes]:
+    """A process that gives memory to the Mooncake store of the master at `address`."""
+    with log.open("ab") as output:
+        store = subprocess.Popen(
+            [sys.executable, "-c", STORE, address],
+            stdout=subprocess.PIPE,
+            stderr=output,
+            env={**os.environ, "MC_FORCE_TCP": "1"},
+        )
+    assert store.stdout is not None
+    with store.stdout as said:
+        assert said.readline() == b"ready\n", log.read_text()
+    return store
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """A file system of `size`, mounted at `path`; OSError or CalledProcessError where that is not
+    allowed."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
+    subprocess.run(mount, check=True, capture_output=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill_up(file: Path) -> None:
+    """Write until its disk has no block left."""
+    with contextlib.suppress(OSError), file.open("ab") as output:
+        while True:
+            output.write(bytes(4096))
+            output.flush()

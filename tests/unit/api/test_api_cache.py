@@ -26,6 +26,8 @@ FIGURES = {
     "storage_bytes_written": 99.0,
     "storage_corrupt_objects": 4.0,
     "storage_breaker_open": 1.0,
+    "tenant_pages:team-a": 6.0,
+    "tenant_quota:team-a": 8.0,
 }
 
 
@@ -243,6 +245,8 @@ def test_the_keepers_metrics(cluster: tuple[Any, Keepers]) -> None:
         'pagerelay_storage_written_bytes_total{keeper="cache-0"} 99.0',
         'pagerelay_storage_corrupt_objects_total{keeper="cache-0"} 4.0',
         'pagerelay_storage_breaker_open{keeper="cache-0"} 1.0',
+        'pagerelay_host_tenant_pages{keeper="cache-0",tenant="team-a"} 6.0',
+        'pagerelay_host_tenant_quota_pages{keeper="cache-0",tenant="team-a"} 8.0',
         f"pagerelay_from_host_pages_total{{{labels}}} 8.0",
         f"pagerelay_to_host_bytes_total{{{labels}}} 7.0",
         f"pagerelay_evicted_pages_total{{{labels}}} 6.0",

@@ -12,6 +12,7 @@ from pd.engine.copier import Copier
 from pd.engine.pool import PagePool
 from pd.events import CopyPages
 from transfer.layout import LayerGroup, PageLayout
+from transfer.topology import ReplicaLayout, Topology
 from transfer.transport import PeerError
 
 LAYOUT = PageLayout(LayerGroup("full", (0, 1), 2, 4), 4, 4)
@@ -39,7 +40,7 @@ def copy(copy_id: int, device: list[int], host: list[int], to_host: bool) -> Cop
 def test_pages_go_there_and_back() -> None:
     pool, host = make_pool(), make_host()
     before = pool.data.clone()
-    copier = Copier([pool])
+    copier = Copier([pool], ReplicaLayout(Topology(), (LAYOUT,)))
     copier.open(host.describe()).result(10)
     done = copier.submit(copy(1, [1, 3], [6, 2], to_host=True)).result(10)
     assert (done.copy_id, done.error, done.bytes_moved) == (1, None, 2 * LAYOUT.page_bytes)
@@ -54,7 +55,7 @@ def test_pages_go_there_and_back() -> None:
 
 def test_a_copy_that_waits_does_not_go_to_the_next_keeper() -> None:
     pool, old, new = make_pool(), make_host(), make_host()
-    copier = Copier([pool])
+    copier = Copier([pool], ReplicaLayout(Topology(), (LAYOUT,)))
     copier.open(old.describe()).result(10)
     gate = threading.Event()
     copier._to_host.submit(gate.wait, 10)
@@ -69,7 +70,7 @@ def test_a_copy_that_waits_does_not_go_to_the_next_keeper() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     pool, host = make_pool(), make_host()
-    copier = Copier([pool])
+    copier = Copier([pool], ReplicaLayout(Topology(), (LAYOUT,)))
     assert "not mapped" in str(copier.submit(copy(1, [1], [1], to_host=True)).result(10).error)
     copier.open(host.describe()).result(10)
     for page in (-1, 7):

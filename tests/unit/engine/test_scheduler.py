@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,22 @@ class Rig:
         max_batch_tokens: int = 16,
         max_running: int = 8,
         groups: tuple[LayerGroup, ...] = (FULL, SLIDING),
+        cp: int = 1,
+        max_in_flight: int = 1,
     ) -> None:
+        """`pages`: of each rank."""
         self.groups = groups
         self.max_batch_tokens = max_batch_tokens
-        self.index = PageIndex(groups, [pages] * len(groups), PAGE)
-        self.scheduler = Scheduler(self.index, groups, PAGE, max_batch_tokens, max_running)
+        self.max_in_flight = max_in_flight
+        self.index = PageIndex(groups, [cp * pages] * len(groups), PAGE, cp=cp)
+        self.scheduler = Scheduler(
+            self.index,
+            groups,
+            PAGE,
+            max_batch_tokens,
+            max_running,
+            max_in_flight=max_in_flight,
+        )
         self.alive: list[Tracked] = []
 
     def track(self, prompt: Any, max_tokens: int = 20) -> Tracked:
@@ -48,7 +60,7 @@ class Rig:
         self.scheduler.add(sequence)
         return sequence
 
-    def land(self, prompt: Any, max_tokens: int = 20) -> Tracked | None:
+    def land(self, prompt: Any, max_tokens: int = 20, token: int = 0) -> Tracked | None:
         """A sequence whose prompt came by a handover, first token included; None without room."""
         sequence = self.track(prompt, max_tokens)
         self.scheduler.match_prefix(sequence)
@@ -56,7 +68,7 @@ class Rig:
             self.scheduler.release_pages(sequence)
             self.alive.remove(sequence)
             return None
-        sequence.append(0)
+        sequence.append(token)
         sequence.num_computed = sequence.prompt_len
         self.scheduler.publish(sequence)
         self.scheduler.add_landed(sequence)
@@ -100,14 +112,15 @@ def check_command(rig: Rig, command: StepCommand) -> None:
     by_row = rig.by_row()
     # Nobody who needs one token is left out while another is prefilled.
     decoding = [s for s in by_row.values() if s.remaining == 1]
-    if any(count > 1 for count in counts):
+    if any(count > 1 for count in counts) and rig.max_in_flight == 1:
         assert {s.row for s in decoding} <= {*rows}
     offset = 0
     for row, position, count, sample in zip(
         rows, command.positions.tolist(), counts, command.sample.tolist(), strict=True
     ):
         sequence = by_row[row]
-        assert position == sequence.num_computed
+        assert position >= sequence.num_computed
+        assert position + count == sequence.num_planned  # nothing of it was planned since
         chunk = command.tokens[offset : offset + count]
         assert chunk.tolist() == sequence.buffer[position : position + count].tolist()
         assert sample == (position + count == sequence.length)
@@ -132,72 +145,153 @@ def check_writes(rig: Rig, command: StepCommand) -> None:
             sequence = by_row[int(row)]
             for page in range(position // PAGE, (position + count - 1) // PAGE + 1):
                 slot = sequence.tables[number][page]
-                assert slot > 0
+                assert slot >= rig.index.cp
+                assert slot % rig.index.cp == page % rig.index.cp
                 assert holders[slot] == [sequence]
             # What the queries read is there.
             for page in range(group.first_needed_page(int(position), PAGE), position // PAGE):
                 assert sequence.tables[number][page] > 0
 
 
-class Mirror:
-    """The page tables as a rank has them: they must be the sequences' own."""
+def prefix_key(tokens: Any) -> int:
+    return hash(tuple(int(token) for token in tokens))
+
+
+def next_token(tokens: Any) -> int:
+    return prefix_key(tokens) % 9
+
+
+class Ranks:
+    """The page tables as ranks have them, and pages whose content is a hash of the prefix. A step
+    in flight may run at any time until its commit; here it does so last, and a peer's writes land
+    at once: what is given back too early is overwritten."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.tables: list[dict[tuple[int, int], int]] = [{} for _ in rig.groups]
+        self.history: dict[int, list[int]] = {}
+        self.pools: list[dict[tuple[int, int], int]] = [{} for _ in rig.groups]
+        self.in_flight: deque[tuple[StepCommand, list[tuple[Tracked, int, int, int]]]] = deque()
+        """Commands, and what each reads and writes: (sequence, layer group, page, slot)."""
 
-    def apply(self, command: StepCommand) -> None:
+    def land(self, sequence: Tracked) -> None:
+        tokens = sequence.buffer[: sequence.prompt_len].tolist()
+        for pool, table in zip(self.pools, sequence.tables, strict=True):
+            for position in range(sequence.prompt_len):
+                slot = table[position // PAGE]
+                if slot >= 0:
+                    pool[slot, position % PAGE] = prefix_key(tokens[: position + 1])
+
+    def submit(self, command: StepCommand) -> None:
+        by_row = self.rig.by_row()
+        touched = []
+        for row, position, count in zip(
+            command.rows.tolist(), command.positions.tolist(), command.counts.tolist(), strict=True
+        ):
+            for number, group in enumerate(self.rig.groups):
+                first = group.first_needed_page(position, PAGE)
+                for page in range(first, (position + count - 1) // PAGE + 1):
+                    slot = by_row[row].tables[number][page]
+                    touched.append((by_row[row], number, page, slot))
+        self.in_flight.append((command, touched))
+
+    def check(self) -> None:
+        """What steps in flight read and write is still theirs."""
+        for _, touched in self.in_flight:
+            for sequence, number, page, slot in touched:
+                assert sequence.tables[number][page] == slot
+
+    def run(self) -> StepResult:
+        """The oldest step."""
+        command, _ = self.in_flight.popleft()
+        for start in command.starts:
+            self.history[start.row] = start.tokens.tolist()
         for table, update in zip(self.tables, command.pages, strict=True):
             for row, page, slot in update.tolist():
                 table[row, page] = slot
-        by_row = self.rig.by_row()
-        items = zip(command.rows.tolist(), command.positions, command.counts, strict=True)
-        for row, position, count in items:
-            for number, group in enumerate(self.rig.groups):
-                first = group.first_needed_page(int(position), PAGE)
-                for page in range(first, (position + count - 1) // PAGE + 1):
-                    assert self.tables[number][row, page] == by_row[row].tables[number][page]
+        chunks = np.split(command.tokens, np.cumsum(command.counts)[:-1])
+        sampled = []
+        for row, position, chunk, sample in zip(
+            command.rows.tolist(), command.positions.tolist(), chunks, command.sample, strict=True
+        ):
+            tokens, end = self.history[row], position + len(chunk)
+            if position == len(tokens):
+                tokens += chunk.tolist()
+            assert tokens[position:end] == chunk.tolist()
+            keys = [prefix_key(tokens[: at + 1]) for at in range(end)]
+            for group, pool, table in zip(self.rig.groups, self.pools, self.tables, strict=True):
+                for at in range(position, end):
+                    pool[table[row, at // PAGE], at % PAGE] = keys[at]
+                first = 0 if group.kind == "full" else max(0, position - group.window + 1)
+                for at in range(first, end):
+                    assert pool[table[row, at // PAGE], at % PAGE] == keys[at]
+            if sample:
+                sampled.append(next_token(tokens[:end]))
+        return StepResult(sampled, [None] * len(sampled), 0.0)
 
 
 @pytest.mark.parametrize("seed", range(50))
 @pytest.mark.parametrize("groups", [(FULL,), (FULL, SLIDING), (SLIDING,)], ids=len)
-def test_random_histories(seed: int, groups: tuple[LayerGroup, ...]) -> None:
-    """Arrivals, handovers and drops, also during a step, in small pools."""
+@pytest.mark.parametrize(("cp", "max_in_flight"), [(1, 1), (2, 1), (1, 2), (3, 3)])
+def test_random_histories(
+    seed: int, groups: tuple[LayerGroup, ...], cp: int, max_in_flight: int
+) -> None:
+    """Arrivals, handovers and drops, also during steps, in small pools. Every sequence gets the
+    tokens that it would get alone."""
     rng = random.Random(seed)
+    max_running = rng.choice((1, 3, 8))
     rig = Rig(
-        pages=rng.choice((20, 30, 60)),
+        pages=1 + -(-rng.choice((19, 29, 59)) // cp),
         max_batch_tokens=rng.choice((1, 3, 8, 64)),
-        max_running=rng.choice((1, 3, 8)),
+        max_running=max_running,
         groups=groups,
+        cp=cp,
+        max_in_flight=max_in_flight,
     )
-    mirror = Mirror(rig)
+    ranks = Ranks(rig)
     prompts = [[rng.randrange(9) for _ in range(rng.randint(1, 30))] for _ in range(4)]
     arrivals = 40
-    for _ in range(3000):
+    most_in_flight = 0
+    for _ in range(4000):
         if arrivals and rng.random() < 0.3:
             arrivals -= 1
             base = rng.choice(prompts)
             prompt = base[: rng.randint(1, len(base))] + [rng.randrange(9) for _ in range(4)]
-            rng.choice((rig.add, rig.land))(prompt, rng.randint(2, 20))
-        command = rig.scheduler.plan(0.0)
+            if rng.random() < 0.5:
+                rig.add(prompt, rng.randint(2, 20))
+            else:
+                landed = rig.land(prompt, rng.randint(2, 20), next_token(prompt))
+                if landed is not None:
+                    ranks.land(landed)
+        command = rig.scheduler.plan(0.0) if max_in_flight == 1 or rng.random() < 0.7 else None
         if command is not None:
             check_command(rig, command)
-            mirror.apply(command)
-            assert rig.scheduler.plan(0.0) is None  # one step at a time
+            ranks.submit(command)
+            assert len(ranks.in_flight) <= max_in_flight
+            most_in_flight = max(most_in_flight, len(ranks.in_flight))
+        if len(ranks.in_flight) == max_in_flight:
+            assert rig.scheduler.plan(0.0) is None
         if rig.alive and rng.random() < 0.1:
             rig.drop(rng.choice(rig.alive))
         rig.index.check_integrity()
-        if command is not None:
-            for progress in rig.scheduler.commit(rig.result(command, rng.randrange(9))):
-                assert progress.sequence in rig.alive
-                if progress.sequence.num_output >= progress.sequence.params.max_tokens:
-                    rig.drop(progress.sequence)
-        elif not arrivals and not rig.alive:
+        ranks.check()
+        if ranks.in_flight and (max_in_flight == 1 or rng.random() < 0.5):
+            for progress in rig.scheduler.commit(ranks.run()):
+                sequence = progress.sequence
+                assert sequence in rig.alive
+                if sequence.num_output >= sequence.params.max_tokens:
+                    for end in range(sequence.prompt_len, sequence.length):
+                        assert sequence.buffer[end] == next_token(sequence.buffer[:end])
+                    rig.drop(sequence)
+        elif not arrivals and not rig.alive and not ranks.in_flight:
             break
         rig.index.check_integrity()
+        ranks.check()
     assert not rig.alive, "somebody starves"
+    assert most_in_flight == max_in_flight or max_running == 1
     assert rig.used() == [0] * len(groups)
     assert not rig.scheduler.dropped
+    assert not rig.scheduler._leaving
     assert sorted(rig.scheduler._free_rows) == list(range(len(rig.scheduler._free_rows)))
 
 
@@ -358,6 +452,109 @@ def test_drop_is_for_every_state_and_idempotent() -> None:
     assert rig.used() == [0, 0]
     assert rig.scheduler.plan(0.0) is None
     rig.index.check_integrity()
+
+
+# ------------------------------------------------------------------------------------ several steps
+
+
+def test_chunks_of_one_prompt_follow_each_other_in_flight() -> None:
+    rig = Rig(max_batch_tokens=8, max_in_flight=3)
+    sequence = rig.add([1] * 20)
+    commands = [rig.scheduler.plan(0.0) for _ in range(4)]
+    assert commands.pop() is None
+    planned = [(c.positions.tolist(), c.counts.tolist()) for c in commands if c is not None]
+    assert planned == [([0], [8]), ([8], [8]), ([16], [4])]
+    assert (sequence.num_computed, sequence.num_planned) == (0, 20)
+    assert rig.index.match(sequence.hashes) == 0
+    for command, computed in zip(commands, (8, 16, 20), strict=True):
+        assert command is not None
+        # Its next token is to be sampled: nothing of it can be planned.
+        assert rig.scheduler.plan(0.0) is None
+        assert rig.scheduler.num_prefilling == command.counts.sum()
+        rig.scheduler.commit(rig.result(command))
+        assert sequence.num_computed == computed
+        assert rig.index.match(sequence.hashes) == computed // PAGE
+    again = rig.scheduler.plan(0.0)
+    assert again is not None
+    assert (again.positions.tolist(), again.tokens.tolist()) == ([20], [1])
+
+
+def test_steps_in_flight_share_those_that_need_one_token() -> None:
+    rig = Rig(max_in_flight=2, max_batch_tokens=64)
+    for token in range(5):
+        rig.add([token] * 3)
+    command = rig.scheduler.plan(0.0)
+    assert command is not None
+    rig.scheduler.commit(rig.result(command))
+    one, other = rig.scheduler.plan(0.0), rig.scheduler.plan(0.0)
+    assert one is not None
+    assert other is not None
+    assert (len(one.rows), len(other.rows)) == (3, 2)
+    assert not {*one.rows.tolist()} & {*other.rows.tolist()}
+
+
+def test_a_sequence_dropped_between_its_chunks_is_released_with_the_last_one() -> None:
+    rig = Rig(max_batch_tokens=8, max_in_flight=2)
+    sequence = rig.add([1] * 40)
+    one, other = rig.scheduler.plan(0.0), rig.scheduler.plan(0.0)
+    assert one is not None
+    assert other is not None
+    rig.drop(sequence)
+    assert rig.scheduler.commit(rig.result(one)) == []
+    assert rig.used()[0] == 4
+    assert rig.scheduler.plan(0.0) is None  # no more chunks of it
+    assert rig.scheduler.commit(rig.result(other)) == []
+    assert rig.used() == [0, 0]
+
+
+def test_a_sequence_in_flight_is_preempted_when_its_step_has_ended() -> None:
+    rig = Rig(pages=10, max_batch_tokens=64, groups=(FULL,), max_in_flight=2)
+    old, young = rig.add([1] * 16), rig.add([2] * 15)
+    rig.step()
+    rig.index.allocate(0, 1)  # the last one
+    rig.scheduler.running.reverse()
+    first = rig.scheduler.plan(0.0)
+    rig.scheduler.running.reverse()
+    assert first is not None
+    assert first.rows.tolist() == [young.row]
+    assert rig.scheduler.plan(0.0) is None  # the old one needs a page, and waits for the other's
+    assert (young.preemptions, young.num_pages) == (0, 4)
+    (progress,) = rig.scheduler.commit(rig.result(first, token=7))
+    assert (progress.sequence, progress.token) == (young, 7)
+    second = rig.scheduler.plan(0.0)
+    assert second is not None
+    assert second.rows.tolist() == [old.row]
+    assert (young.row, young.preemptions, young.num_output) == (-1, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------ stripes
+
+
+def test_room_is_counted_by_stripe() -> None:
+    """Each rank has three pages; a page to grow is kept on the rank where it will be."""
+    rig = Rig(pages=4, max_batch_tokens=64, groups=(FULL,), cp=2)
+    first = rig.add([1] * 10)  # pages 0 to 2
+    rig.step()
+    refused = rig.track([2] * 10)  # pages 0 to 2 as well: four on rank 0
+    rig.scheduler.match_prefix(refused)
+    assert rig.scheduler.reserve_prompt(refused) is None
+    fits = rig.track([2] * 8)
+    rig.scheduler.match_prefix(fits)
+    assert rig.scheduler.reserve_prompt(fits) == [0]
+    assert [slot % 2 for slot in (*first.tables[0], *fits.tables[0])] == [0, 1, 0, 0, 1]
+    # One page is left, of rank 1, where the running sequence grows.
+    other = rig.track([3] * 4)
+    rig.scheduler.match_prefix(other)
+    assert rig.scheduler.reserve_prompt(other) is None
+
+
+def test_a_context_takes_all_pages_of_all_ranks() -> None:
+    rig = Rig(pages=4, max_batch_tokens=5, groups=(FULL,), cp=3)
+    sequence = rig.add([1] * 30, max_tokens=7)  # 36 computed tokens, nine pages
+    while rig.alive:
+        assert rig.step() is not None
+    assert sequence.preemptions == 0
+    assert sequence.num_output == 7
 
 
 # -------------------------------------------------------------------------------------- reservation

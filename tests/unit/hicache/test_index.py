@@ -498,6 +498,32 @@ def test_a_tenant_over_its_quota_loses_its_own():
     assert index.match(chain("ab")) == 2
 
 
+def test_a_quota_for_each_tenant_that_has_none_of_its_own():
+    index = PageIndex([FULL], [20], PAGE_TOKENS)
+    index.set_quota("x", 3)
+    index.set_quota(None, 2)
+    assert (index.quota("x"), index.quota("y")) == (3, 2)
+    for tenant in ("x", "y", "z"):
+        slots = index.allocate(0, 4)
+        assert slots is not None
+        index.insert(ROOT, chain(f"{tenant}bcd"), [slots], 0, tenant)
+        release(index, [slots])
+        assert index.tenant_of(chain(f"{tenant}b")[-1]) == tenant
+        index.keep_quota(tenant)
+        index.check_integrity()
+    assert index.tenant_of(chain("w")[0]) is None
+    assert index.tenant_pages() == {"x": 3, "y": 2, "z": 2}
+    index.keep_quota("x", coming=2)
+    assert index.tenant_pages()["x"] == 1
+    index.set_quota(None, 1)
+    index.keep_quota("y")
+    assert index.tenant_pages() == {"x": 1, "y": 1, "z": 2}
+    index.check_integrity()
+    index.set_quota(None, None)
+    assert index.quota("y") is None
+    index.check_integrity()
+
+
 def test_a_quota_may_change_and_needs_full_attention():
     index = PageIndex([FULL], [5], PAGE_TOKENS)
     release(index, insert_as(index, "ab", "x"))
@@ -560,3 +586,80 @@ def test_top_prefixes_are_those_from_which_most_was_reused():
         TopPrefix(chain("mn")[1], 0, 2, 1, None),
         TopPrefix(chain("pqr")[2], 0, 3, 0, None),
     ]
+
+
+def test_pages_lie_in_slots_of_their_stripe():
+    index = PageIndex([FULL], [12], PAGE_TOKENS, cp=3)  # three pages a rank
+    slots = index.allocate(0, 4, first_page=2)
+    assert slots is not None
+    assert [slot % 3 for slot in slots] == [2, 0, 1, 2]
+    assert min(slots) >= 3
+    assert index.can_allocate([5], [6])
+    assert not index.can_allocate([6], [6])
+    assert not index.can_allocate([1], [2], spare=[5])
+    assert not index.can_allocate([2], [2], spare=[2])
+    assert index.can_allocate([1], [2], spare=[0, 1, 3, 4])
+    assert index.allocate(0, 2, first_page=2) is not None
+    assert index.num_free(0) == 3
+    assert index.allocate(0, 1, first_page=5) is None
+    index.check_integrity()
+
+
+def test_a_fresh_pool_gives_each_rank_ascending_pages():
+    index = PageIndex([FULL], [18], PAGE_TOKENS, cp=2)
+    slots = index.allocate(0, 6)
+    assert slots is not None
+    assert slots[::2] == list(range(slots[0], slots[0] + 6, 2))
+    assert slots[1::2] == list(range(slots[1], slots[1] + 6, 2))
+
+
+def test_eviction_goes_on_until_every_stripe_has_room():
+    index = PageIndex([FULL], [10], PAGE_TOKENS, cp=2)  # four pages a rank
+    release(index, fill(index, chain("abc")))
+    release(index, fill(index, chain("xyz")))
+    # Two pages are free, of stripe 1. The oldest leaf, page 2 of abc, is of stripe 0.
+    assert index.allocate(0, 1, first_page=0) is not None
+    assert (index.match(chain("abc")), index.match(chain("xyz"))) == (2, 3)
+    assert index.allocate(0, 2, first_page=1) is not None
+    # The next of stripe 0 is the first page, after the second one.
+    assert (index.match(chain("abc")), index.match(chain("xyz"))) == (0, 3)
+    index.check_integrity()
+
+
+def test_sliding_pages_go_by_stripe():
+    index = PageIndex([sliding(64)], [6], PAGE_TOKENS, cp=2)
+    release(index, fill(index, chain("abc")))
+    assert index.allocate(0, 1, first_page=1) is not None  # free
+    assert index.allocate(0, 1, first_page=1) is not None  # page 1, not page 0, which is older
+    assert index.allocate(0, 1, first_page=1) is None
+    assert index.allocate(0, 2, first_page=0) is None
+    assert index.resident(chain("abc"))[0][::2] != [-1, -1]
+    index.check_integrity()
+
+
+def test_a_page_in_a_slot_of_another_stripe_is_refused():
+    index = PageIndex([FULL], [8], PAGE_TOKENS, cp=2)
+    slots = index.allocate(0, 2, first_page=1)
+    assert slots is not None
+    with pytest.raises(ValueError, match="not of their pages' stripes"):
+        index.insert(ROOT, chain("ab"), [slots], 0)
+    with pytest.raises(ValueError, match="cp 2"):
+        PageIndex([FULL], [9], PAGE_TOKENS, cp=2)
+
+
+@pytest.mark.parametrize("order", ["lru", "lfu", "slru", "cost"])
+def test_pages_that_were_held_for_no_request_were_last_used_as_before(order: str) -> None:
+    index = PageIndex([FULL], [7], PAGE_TOKENS, order=order)
+    for pages in ("ab", "cd", "ef"):
+        release(index, fill(index, chain(pages)))
+    oldest = index.resident(chain("ab"))[0]
+    index.retain(0, oldest)
+    index.release(0, oldest, is_use=False)
+    index.check_integrity()
+    assert index.next_evicted(1) == [chain("ab")]
+    # A request that uses them meanwhile does count.
+    index.retain(0, oldest)
+    release(index, index.acquire(chain("ab")))
+    index.release(0, oldest, is_use=False)
+    index.check_integrity()
+    assert index.next_evicted(1) == [chain("cd")]

@@ -78,7 +78,10 @@ class Pin:
 
 
 class Model:
-    def __init__(self, groups: list[LayerGroup], num_pages: list[int], order: str) -> None:
+    def __init__(
+        self, groups: list[LayerGroup], num_pages: list[int], order: str, cp: int = 1
+    ) -> None:
+        self.cp = cp
         self.groups = groups
         self.num_pages = num_pages
         self.order = order
@@ -139,17 +142,30 @@ class Model:
         over = {tenant: pages.get(tenant, 0) - quota for tenant, quota in self.quotas.items()}
         return {tenant: count for tenant, count in over.items() if count > 0}
 
-    def num_cached(self, g: int) -> int:
+    def stripe(self, name: str) -> int:
+        return (len(name) - 1) % self.cp
+
+    def cached(self, g: int) -> set[int]:
         slots = {entry.slots[g] for entry in self.entries.values()}
-        return len(slots - self.references[g].keys() - {-1})
+        return slots - self.references[g].keys() - {-1}
 
-    def num_free(self, g: int) -> int:
-        return self.num_pages[g] - 1 - self.num_cached(g) - len(self.references[g])
+    def num_free(self, g: int, stripe: int) -> int:
+        taken = self.cached(g) | self.references[g].keys()
+        num_slots = self.num_pages[g] // self.cp - 1
+        return num_slots - sum(slot % self.cp == stripe for slot in taken)
 
-    def num_available(self, g: int) -> int:
+    def num_available(self, g: int, stripe: int) -> int:
         if g in self.sliding:
-            return self.num_free(g) + len(self.lines[g])
-        return self.num_free(g) + len(self.entries.keys() - self.staying())
+            evictable = sum(slot % self.cp == stripe for slot in self.lines[g])
+        else:
+            may_go = self.entries.keys() - self.staying()
+            evictable = sum(self.stripe(name) == stripe for name in may_go)
+        return self.num_free(g, stripe) + evictable
+
+    def has_room(self, g: int, pages: list[int]) -> bool:
+        """For these pages of sequences."""
+        wanted = Counter(page % self.cp for page in pages)
+        return all(count <= self.num_available(g, stripe) for stripe, count in wanted.items())
 
     # What calls do.
 
@@ -224,14 +240,14 @@ class Model:
         for line in self.lines:
             line.clear()
 
-    def evict_pages(self, g: int, count: int) -> None:
-        for slot in self.lines[g][:count]:
+    def evict_pages(self, g: int, stripe: int, count: int) -> None:
+        for slot in [slot for slot in self.lines[g] if slot % self.cp == stripe][:count]:
             for name, entry in list(self.entries.items()):
                 if entry.slots[g] == slot:
                     entry.slots[g] = -1
                     if max(entry.slots) < 0:
                         del self.entries[name]
-        del self.lines[g][:count]
+            self.lines[g].remove(slot)
 
     def remove(self, gone: set[str]) -> None:
         for name in gone:
@@ -318,10 +334,13 @@ class World:
         orders = order_names()
         order = orders[seed // len(POOLS) % len(orders)]
         index_module._MAX_RUN_PAGES = rng.choice((1, 2, 3, 256))
-        groups, num_pages = [group for group, _ in pools], [count for _, count in pools]
+        self.cp = cp = rng.choice((1, 1, 2, 3))
+        groups = [group for group, _ in pools]
+        # With several stripes, about as many pages in all.
+        num_pages = [cp * (1 + (count - 1 + rng.randrange(cp)) // cp) for _, count in pools]
         self.groups = range(len(groups))
-        self.index = PageIndex(groups, num_pages, PAGE_TOKENS, order=order, feed=True)
-        self.model = Model(groups, num_pages, order)
+        self.index = PageIndex(groups, num_pages, PAGE_TOKENS, order=order, feed=True, cp=cp)
+        self.model = Model(groups, num_pages, order, cp)
         self.holders: list[Holder] = []
         self.reader: set[bytes] = set()
         self.time = 0
@@ -349,9 +368,9 @@ class World:
         assert index._runs.keys() == {CHAINS[name][-1] for name in model.entries}
         for g in self.groups:
             assert index.references(g) == model.references[g]
-            used, cached = len(model.references[g]), model.num_cached(g)
+            used, cached = len(model.references[g]), len(model.cached(g))
             assert (index.num_used(g), index.num_cached(g)) == (used, cached)
-            assert index.num_free(g) == model.num_pages[g] - 1 - used - cached
+            assert index.num_free(g) == model.num_pages[g] - self.cp - used - cached
         pages = rng.choice(NAMES)
         first = rng.randrange(len(pages) + 1)
         assert index.match(CHAINS[pages]) == model.match(pages)
@@ -377,26 +396,41 @@ class World:
     def gone(self) -> set[str]:
         return {name for name in self.model.entries if CHAINS[name][-1] not in self.index._runs}
 
-    def allocate(self, g: int, count: int) -> list[int] | None:
-        index, model = self.index, self.model
-        expected = count <= model.num_available(g)
-        missing = count - model.num_free(g)
-        slots = index.allocate(g, count)
+    def allocate(self, g: int, count: int, first: int) -> list[int] | None:
+        index, model, cp = self.index, self.model, self.cp
+        pages = list(range(first, first + count))
+        expected = model.has_room(g, pages)
+        wanted = [sum(page % cp == stripe for page in pages) for stripe in range(cp)]
+        missing = [need - model.num_free(g, stripe) for stripe, need in enumerate(wanted)]
+        slots = index.allocate(g, count, first)
         assert (slots is not None) == expected
         if slots is None:
             self.seen["no room"] += 1
+            self.seen["no room in a stripe"] += count <= sum(
+                model.num_available(g, stripe) for stripe in range(cp)
+            )
             assert not self.gone()
             return None
         assert len(set(slots)) == count
-        assert 0 not in slots
-        if missing > 0 and g in model.sliding:
-            self.seen["tombstones"] += missing
-            model.evict_pages(g, missing)
-        elif missing > 0:
-            self.seen["evicted"] += missing
+        assert [slot % cp for slot in slots] == [page % cp for page in pages]
+        assert min(slots, default=cp) >= cp
+        if max(missing) > 0 and g in model.sliding:
+            for stripe, num_pages in enumerate(missing):
+                self.seen["tombstones"] += max(0, num_pages)
+                model.evict_pages(g, stripe, max(0, num_pages))
+        elif max(missing) > 0:
             gone = self.gone()
-            assert len(gone) == missing
+            self.seen["evicted"] += len(gone)
+            by_stripe = Counter(map(model.stripe, gone))
+            left = [by_stripe[stripe] - num_pages for stripe, num_pages in enumerate(missing)]
+            assert min(left) >= 0
+            # The last one that went was needed, and went before what comes before it.
+            last = {name for name in gone if name[:-1] not in gone}
+            assert any(not left[model.stripe(name)] for name in last), "more went than was needed"
+            assert cp > 1 or len(gone) == missing[0]
             model.evict_for_room(gone)
+        else:
+            assert not self.gone()
         assert not model.references[g].keys() & set(slots)
         assert not any(entry.slots[g] in slots for entry in model.entries.values())
         model.retain(g, slots)
@@ -435,10 +469,16 @@ class World:
         pages, hit = self.match()
         slots = self.acquire(pages[:hit])
         counts = [len(pages) - hit] * len(self.groups)
-        possible = self.index.can_allocate(counts)
-        assert possible == all(counts[g] <= self.model.num_available(g) for g in self.groups)
+        firsts = [hit] * len(self.groups)
+        possible = self.index.can_allocate(counts, firsts)
+        own = list(range(hit, len(pages)))
+        assert possible == all(self.model.has_room(g, own) for g in self.groups)
+        spare = [self.rng.randrange(7) for _ in range(self.rng.randrange(4))]
+        assert self.index.can_allocate(counts, firsts, spare) == all(
+            self.model.has_room(g, own + spare) for g in self.groups
+        )
         for g in self.groups:
-            fresh = self.allocate(g, counts[g]) if possible else None
+            fresh = self.allocate(g, counts[g], hit) if possible else None
             assert (fresh is not None) == possible
             slots[g] += fresh or [-1] * counts[g]
         return self.hold(Holder(pages, slots, self.rng.choice(TENANTS)))
@@ -448,7 +488,7 @@ class World:
         meanwhile."""
         pages = self.rng.choice(NAMES)
         first = len(self.index.resident(CHAINS[pages])[0])
-        slots = [self.allocate(g, len(pages) - first) for g in self.groups]
+        slots = [self.allocate(g, len(pages) - first, first) for g in self.groups]
         for g, fresh in enumerate(slots):
             if fresh is not None and None in slots:
                 self.release(g, fresh)
@@ -538,7 +578,7 @@ class World:
     def squeeze(self) -> None:
         """Evict to make room, then give the room back."""
         g = self.rng.choice(self.groups)
-        slots = self.allocate(g, self.rng.randint(1, 6))
+        slots = self.allocate(g, self.rng.randint(1, 6), self.rng.randrange(self.cp))
         if slots is not None:
             self.release(g, slots)
 
@@ -608,5 +648,6 @@ def test_the_index_equals_its_model(part: int, run_length: None) -> None:
         "over quota",
         "cleared",
         "no room",
+        "no room in a stripe",
     ):
         assert seen[what] > WORLDS // 2, seen

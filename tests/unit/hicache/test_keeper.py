@@ -74,13 +74,15 @@ class Rig:
         pages: int = 20,
         groups: tuple[LayerGroup, ...] = (FULL,),
         tier: FakeTier | None = None,
+        quotas: dict[str | None, int] | None = None,
     ) -> None:
         self.groups = groups
         self.tier = tier
         self.index = PageIndex(groups, [pages] * len(groups), PAGE)
         self.sent: list[tuple[str, FromKeeper]] = []
         storage = cast(StorageTier, tier) if tier is not None else None
-        self.keeper = Keeper(self.index, groups, storage, lambda to, m: self.sent.append((to, m)))
+        send = lambda to, message: self.sent.append((to, message))  # noqa: E731
+        self.keeper = Keeper(self.index, groups, storage, send, quotas or {})
         for name in ("a", "b", "c"):
             self.keeper.client_up(name)
 
@@ -106,16 +108,17 @@ class Rig:
         first: int = 0,
         have: tuple[int, ...] | None = None,
         floor: int = 0,
+        tenant: str = "",
     ) -> Room:
         have = have or (0,) * len(self.groups)
-        message = Offer(serial, floor or serial, first, b"".join(hashes), have)
+        message = Offer(serial, floor or serial, first, b"".join(hashes), have, tenant)
         (answer,) = self.say(client, message)
         assert isinstance(answer, Room)
         assert answer.serial == serial
         return answer
 
-    def store(self, client: str, serial: int, hashes: list[bytes]) -> None:
-        room = self.offer(client, serial, hashes)
+    def store(self, client: str, serial: int, hashes: list[bytes], tenant: str = "") -> None:
+        room = self.offer(client, serial, hashes, tenant=tenant)
         assert not self.say(client, Copied(serial, serial, len(unpack(room.slots)[0])))
 
     def resident(self, hashes: list[bytes]) -> int:
@@ -205,6 +208,62 @@ def test_no_room_for_what_lacks_a_page_in_a_full_group() -> None:
     rig, hashes = Rig(), chain(1, 6)
     assert unpack(rig.offer("a", 1, hashes, first=3, have=(3,)).slots) == [[]]
     assert rig.keeper.stats.refused_pages == 6
+
+
+# ------------------------------------------------------------------------------------------ tenants
+
+
+def test_a_tenant_at_its_quota_makes_room_by_its_own_pages() -> None:
+    rig = Rig(pages=11, quotas={"a": 4, None: 6})
+    rig.store("a", 1, chain(1, 6), tenant="other")
+    for number in range(2, 9):
+        rig.store("a", number, chain(number, 3), tenant="a")
+        assert rig.index.tenant_pages()["a"] <= 4
+        assert rig.resident(chain(number, 3)) == 3
+    assert rig.resident(chain(1, 6)) == 6
+    rig.store("a", 9, chain(9, 2), tenant="other")
+    assert rig.index.tenant_pages()["other"] == 6
+    assert rig.resident(chain(9, 2)) == 2
+    assert rig.is_idle
+
+
+def test_of_a_sequence_longer_than_the_quota_the_first_pages_stay() -> None:
+    rig = Rig(pages=11, quotas={"a": 4})
+    rig.store("a", 1, chain(1, 3), tenant="a")
+    room = rig.offer("a", 2, chain(1, 9), tenant="a")
+    assert (room.first, len(unpack(room.slots)[0])) == (3, 1)
+    rig.say("a", Copied(2, 2, 1))
+    rig.store("a", 3, chain(1, 9), tenant="a")
+    assert rig.resident(chain(1, 9)) == 4
+    # What another tenant brought does not count.
+    rig.store("a", 4, chain(2, 4), tenant="b")
+    rig.store("a", 5, chain(2, 6), tenant="a")
+    assert rig.resident(chain(2, 6)) == 6
+    assert rig.index.tenant_pages() == {"a": 4, "b": 4}
+    assert rig.is_idle
+
+
+def test_a_tenant_without_quota_takes_what_there_is_and_one_of_none_nothing() -> None:
+    rig = Rig(pages=11, quotas={"none": 0})
+    rig.store("a", 1, chain(1, 10), tenant="a")
+    assert unpack(rig.offer("a", 2, chain(2, 3), tenant="none").slots) == [[]]
+    rig.say("a", Close(2, 2))
+    assert rig.resident(chain(1, 10)) == 10
+    assert rig.is_idle
+
+
+def test_what_makes_room_for_pages_is_not_what_they_continue() -> None:
+    rig = Rig(pages=6)
+    rig.store("a", 1, chain(1, 2))
+    rig.store("a", 2, chain(2, 3))
+    rig.store("a", 3, chain(1, 4))  # pages 0 and 1 are those used longest ago
+    assert rig.resident(chain(1, 4)) == 4
+    assert rig.resident(chain(2, 3)) == 1
+
+
+def test_there_are_no_quotas_where_the_index_knows_no_tenants() -> None:
+    with pytest.raises(ValueError, match="full-attention"):
+        Rig(groups=(SLIDING,), quotas={"a": 1})
 
 
 # --------------------------------------------------------------------------- what is held, and when

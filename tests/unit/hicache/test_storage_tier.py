@@ -800,7 +800,7 @@ def test_little_that_is_there_may_not_be_worth_another_trip():
     world.evict_all()
     world.now += 100.0
     cost.judge(10**12, 1, 1, 10.0, world.now)  # a probe has just been
-    cost.latency_s = 0.5
+    cost.add_trip(0.5)
     prefetch = world.prefetch(hashes, tokens_per_s=10.0)
     end_all(world, Exists)
     assert prefetch.is_done

@@ -160,11 +160,71 @@ def test_the_replay_command(
     assert all(order in table for order in (*order_names(), "belady", "infinite", "100,000"))
 
 
-def test_the_replay_is_drawn(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiers_are_replayed(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["replay", str(trace), "--block-tokens", "4", "--capacity", "1", "--order", "lru"]
+    arguments += ["--host", "2", "--host", "infinite", "--storage", "7"]
+    arguments += ["--write", "write_through", "--write", "write_back"]
+    assert call([*arguments, "--json"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    results = json.loads(out)["results"]
+    assert [(row["order"], row["write"], row["tiers"][1]["capacity"]) for row in results] == [
+        ("lru", "write_through", 2),
+        ("lru", "write_back", 2),
+        ("belady", None, 2),
+        ("lru", "write_through", "infinite"),
+        ("lru", "write_back", "infinite"),
+        ("belady", None, "infinite"),
+    ]
+    row = results[0]  # the device tier has room for block 1 only, and so that is all that is copied
+    assert [(tier["tier"], tier["hits"]) for tier in row["tiers"]] == [
+        ("device", 2),
+        ("host", 0),
+        ("storage", 0),
+    ]
+    assert (row["hits"], row["computed"], row["computed_tokens"]) == (2, 4, 22 - 8)
+    assert [tier["hits"] for tier in results[2]["tiers"]] == [2, 1, 0]
+    assert row["tiers"][0]["block_rate"] == row["block_rate"] == 2 / 6
+    assert row["tiers"][0]["token_rate"] == 8 / 22
+    assert call([*arguments, "--json"], monkeypatch) == 0
+    assert capsys.readouterr().out == out
+    assert call(arguments, monkeypatch) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("storage", "through", "back", "computed", "belady"))
+    assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0"], "found '0', expected a number of blocks or infinite"),
+        (["--host", "1e9"], "found '1e9'"),
+        (["--storage", "5"], "--storage: expected --host beside it"),
+        (["--host", "5", "--write", "later"], "--write: found 'later', expected one of write_thr"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused(
+    trace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(["replay", str(trace), *options], monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--capacity", "2", "--host", "3", "--storage", "infinite"]])
+def test_the_replay_is_drawn(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "rates.png"
     arguments = ["replay", str(trace), "--block-tokens", "4", "--plot", str(picture)]
-    assert call(arguments, monkeypatch) == 0
+    assert call([*arguments, *more], monkeypatch) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

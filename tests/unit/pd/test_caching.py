@@ -46,6 +46,7 @@ class Rig:
         keeper: str = KEEPER,
     ) -> None:
         self.groups = groups
+        self.tenant = ""
         self.index = PageIndex(groups, [pages] * len(groups), PAGE)
         self.scheduler = Scheduler(self.index, groups, PAGE, 64, max_running)
         self.sent: list[Any] = []
@@ -79,12 +80,13 @@ class Rig:
         prompt = np.arange(number * 1000, number * 1000 + num_tokens, dtype=np.int32)
         hashes = page_hashes(prompt, PAGE, ROOT)
         params = SamplingParams(max_tokens=20, temperature=0.0)
-        return Tracked(prompt, params, ROOT, hashes, len(self.groups), arrived_at)
+        return Tracked(prompt, params, ROOT, hashes, len(self.groups), arrived_at, self.tenant)
 
     def compute(self, sequence: Tracked, num_pages: int) -> None:
         """Its first pages are in the index, and it holds them."""
         sequence.tables = [self.index.allocate(g, num_pages) or [] for g in range(len(self.groups))]
-        self.index.insert(ROOT, sequence.hashes[:num_pages], sequence.tables, 0)
+        hashes, tenant = sequence.hashes[:num_pages], sequence.tenant or None
+        self.index.insert(ROOT, hashes, sequence.tables, 0, tenant)
 
     def let_go(self, sequence: Tracked) -> None:
         self.scheduler.release_pages(sequence)
@@ -596,6 +598,56 @@ def test_with_write_back_pages_are_offered_before_they_are_evicted() -> None:
     rig.tick(2.0)
     rig.tick(8.0)
     assert rig.is_idle
+
+
+def test_what_was_offered_because_it_is_next_to_be_evicted_still_is() -> None:
+    rig = Rig(pages=25, write="write_back")
+    for number in range(3):
+        rig.let_go(offered(rig, 8, number=number))
+    oldest = rig.index.next_evicted(1)
+    rig.tick(0.0)
+    (offer,) = rig.took()
+    rig.say(Room(offer.serial, 0, (pack(list(range(1, 9))),)))
+    rig.end(rig.copy())
+    assert rig.is_idle
+    assert rig.index.next_evicted(1) == oldest
+    rig.tick(1.0)
+    assert not any(isinstance(message, Offer) for message in rig.took())
+
+
+def test_with_selective_writing_what_is_computed_again_was_used_twice() -> None:
+    rig = Rig(write="write_through_selective")
+    rig.let_go(offered(rig, 3))
+    rig.index.clear()
+    sequence = offered(rig, 3)
+    (offer,) = rig.took()
+    assert offer.page_hashes == b"".join(sequence.hashes[:3])
+    rig.let_go(sequence)
+    rig.caching.keeper_down(KEEPER)
+    assert rig.is_idle
+
+
+def test_offers_say_whose_pages_they_are() -> None:
+    for write in ("write_through", "write_through_selective", "write_back"):
+        rig = Rig(pages=17, write=write)  # type: ignore[arg-type]
+        rig.tenant = "team-a"
+        sequence = offered(rig, 16)
+        rig.caching.reused(sequence, 16)
+        rig.let_go(sequence)
+        rig.tick(0.0)
+        offers = [message for message in rig.took() if isinstance(message, Offer)]
+        assert [offer.tenant for offer in offers] == ["team-a"]
+        rig.caching.keeper_down(KEEPER)
+        assert rig.is_idle
+
+
+def test_what_comes_from_the_host_tier_is_the_tenants_on_the_device() -> None:
+    rig = Rig()
+    rig.tenant = "team-a"
+    rig.caching.fetch(rig.track(22), 0.0, 0.0)
+    rig.say(found(1, [[11, 12]]))
+    rig.end(rig.copy())
+    assert rig.index.tenant_pages() == {"team-a": 2}
 
 
 # ---------------------------------------------------------------------------- what the keeper knows

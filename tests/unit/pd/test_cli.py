@@ -173,7 +173,8 @@ CACHE: dict[str, Any] = {
             "refused_pages": 15,
             "evicted_pages": 16,
             "storage": STORAGE,
-            "tenants": {"ann": 17, "": 18},
+            "tenants": {"ann": 17, "bob": 5, "": 18},
+            "quotas": {"ann": 1700},
             "top_prefixes": [
                 {"hash": "00ff", "first_page": 0, "pages": 9, "matches": 8, "tenant": "ann"}
             ],

@@ -104,10 +104,6 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
         spec("{both: {replicas: {min: -1, max: 2}}}"),
         [("roles.both.replicas.min", "found -1", "at least 0")],
     ),
-    "two ranks": (
-        spec("{both: {topology: {tp: 2}}}"),
-        [("roles.both.topology", ":2:", "found 2 ranks", "tp, pp and cp of 1")],
-    ),
     "tp is true": (
         spec("{both: {topology: {tp: true}}}"),
         [("roles.both.topology.tp", "found True", "a whole number")],
@@ -208,6 +204,38 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
         spec(more="cache: {host: {memory: 1GiB, write: later}}"),
         [("cache.host.write", "found 'later'", "'write_through'", "'write_back'")],
     ),
+    "quotas that are none": (
+        spec(
+            more="cache:\n  host:\n    memory: 1GiB\n    quotas:\n      a: 1.0\n      b: -1\n"
+            "      c: true\n      d: 25%"
+        ),
+        [
+            ("cache.host.quotas.a", ":7:", "found 1.0", "pages, or a share of the host tier"),
+            ("cache.host.quotas.b", ":8:", "found -1", "a whole number of pages"),
+            ("cache.host.quotas.c", ":9:", "found True"),
+            ("cache.host.quotas.d", ":10:", "found '25%'"),
+        ],
+    ),
+    "quota of no tenant": (
+        spec(more="cache: {host: {memory: 1GiB, quotas: {'a b': 5}}}"),
+        [("cache.host.quotas.a b", "found 'a b'", "expected '*' or a tenant, up to 128 of A-Z")],
+    ),
+    "keys of no tenant": (
+        spec(more="api: {tenants: {'*': [a]}}"),
+        [("api.tenants.*", "found '*'", "expected a tenant, up to 128")],
+    ),
+    "a tenant's key in no list": (
+        spec(more="api: {tenants: {a: secret}}"),
+        [("api.tenants.a", "found 'secret'", "a list")],
+    ),
+    "a key of two tenants": (
+        spec(more="api: {tenants: {a: [secret], b: [secret]}}"),
+        [("api", "tenants.b: a key that is in tenants.a as well")],
+    ),
+    "a tenant's key not in the environment": (
+        spec(more="api:\n  tenants:\n    a:\n      - ${PAGERELAY_TEST_NO_SUCH}"),
+        [("api.tenants.a[0]", ":6:", "PAGERELAY_TEST_NO_SUCH", "to be set")],
+    ),
     "events at a path": (
         spec(more="cache: {events: {publish: /tmp/events}}"),
         [("cache.events.publish", "found '/tmp/events'", "tcp://HOST:PORT")],
@@ -306,6 +334,16 @@ def test_cache_tiers() -> None:
     for order in order_names():
         text = spec(more=f"cache: {{eviction: {order}}}")
         assert parse_spec(text, "x").cache.eviction == order
+
+
+def test_tenants_and_quotas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGERELAY_TEST_KEY", "s3cret")
+    tenants = "api: {tenants: {a: ['${PAGERELAY_TEST_KEY}', two], b: [three]}}"
+    host = "cache: {host: {memory: 1GiB, quotas: {a: 0.25, b: 7, '*': 0}}}"
+    result = parse_spec(spec(more=f"{tenants}\n{host}"), "x")
+    assert result.api.tenants == {"a": ("s3cret", "two"), "b": ("three",)}
+    assert result.cache.host is not None
+    assert result.cache.host.quota_pages(99) == {"a": 24, "b": 7, "*": 0}
 
 
 def test_whole_numbers_are_numbers() -> None:
