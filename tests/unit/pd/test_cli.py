@@ -110,6 +110,11 @@ def test_check_json(run: Run, spec: Path) -> None:
     assert answer["cost"]["max_context"] == 60
     assert answer["cost"]["roles"][1]["pages"] == {"device": [16]}
     assert answer["spec"]["api"]["keys"] == ["***"]
+    tenants = spec.read_text().replace("keys: [", "tenants: {ann: [hidden]}, keys: [")
+    spec.write_text(tenants)
+    code, out, _ = run("check", str(spec), "--json")
+    assert code == 0
+    assert json.loads(out)["spec"]["api"]["tenants"] == {"ann": ["***"]}
 
 
 # --------------------------------------------------------------------------------- against a server
@@ -260,7 +265,7 @@ def test_cache(run: Run, url: str) -> None:
         "1,200 objects:",
         "16 evicted",
         "43 corrupt",
-        "ann 17 pages",
+        "ann 17 pages of 1,700, bob 5 pages",
         "00ff",
         "cache-1: no answer for 10 s",
         "left alone",
