@@ -43,6 +43,7 @@ def _is_prompt_sound(message: Generate | Reserve, page_tokens: int) -> bool:
         and 1 <= message.sampling.max_tokens <= _MOST_TOKENS
         and math.isfinite(message.timeout_s)
         and len(message.tenant) <= _MAX_TENANT_LENGTH
+        and 0 <= message.num_delivered < num_tokens
     )
 
 

@@ -321,8 +321,16 @@ class Leader:
     def _track(self, message: Generate | Reserve, now: float) -> Tracked:
         hashes = split_hashes(message.page_hashes)
         prompt = unpack_ints(message.prompt)
-        num_groups, tenant = len(self._groups), message.tenant
-        return Tracked(prompt, message.sampling, message.root, hashes, num_groups, now, tenant)
+        return Tracked(
+            prompt,
+            message.sampling,
+            message.root,
+            hashes,
+            len(self._groups),
+            now,
+            message.tenant,
+            message.num_delivered,
+        )
 
     def _place(self, generation: _Generation, now: float) -> None:
         """Queue it for a handover or, with little to compute or nobody to ask, for our own

@@ -187,6 +187,8 @@ class Generate(Message, frozen=True, tag="generate"):
     timeout_s: float
     tenant: str = ""
     """Whose pages these will be in the caches; empty: nobody's."""
+    num_delivered: int = 0
+    """So many of the prompt's last tokens are output that the client has already."""
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -215,6 +217,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     verify: bool = False
     """Digests of the pages are wanted with the last `PagesWritten`."""
     tenant: str = ""
+    num_delivered: int = 0
 
 
 class Ask(Message, frozen=True, tag="ask"):

@@ -169,6 +169,7 @@ class Receiving:
             deadline - now,
             self._verify,
             sequence.tenant,
+            sequence.num_delivered,
         )
         incoming = _Incoming(peer, handover, reserve, deadline, sequence, after_mismatch)
         self._incoming[peer, handover.serial] = self._by_sequence[sequence] = incoming

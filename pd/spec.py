@@ -373,6 +373,8 @@ class TimeoutSpec(SpecModel):
     """A process not heard of for so long is ended."""
     collective: float = Field(default=60.0, gt=0)
     """Ranks of a replica wait for each other so long in a step; then the replica ends."""
+    takeover: float = Field(default=120.0, gt=0)
+    """A request whose decode replica is lost waits so long for one that goes on with it."""
     stop: float = Field(default=10.0, gt=0)
 
 

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from hicache.keys import page_hashes, root_hash
 from pd.api.caches import Caches
@@ -36,6 +37,7 @@ from pd.messages import (
     RequestStats,
     SamplingParams,
     pack_ints,
+    unpack_ints,
 )
 from pd.router import NoReplica, Placement, ReplicaState, Router
 from pd.spec import Role
@@ -54,10 +56,11 @@ class Failure(enum.Enum):
 
 @dataclass(slots=True)
 class ClientCounters:
-    """Messages that changed nothing."""
-
     late_outputs: int = 0
     unexpected_messages: int = 0
+    """Like late outputs, they changed nothing."""
+    replays: int = 0
+    """Requests that went on elsewhere after their decode replica was lost."""
 
 
 class OutputStream:
@@ -75,7 +78,15 @@ class OutputStream:
         self._taken_last = False
         self.generate = generate
         self.placement: Placement | None = None
-        """None: not submitted yet."""
+        """None: not submitted yet, or again without a replica (`lost`)."""
+        self.lost = ""
+        """Why it has to go on elsewhere, until it does."""
+        self.takeover: asyncio.TimerHandle | None = None
+        """Ends it while it is lost."""
+        self.delivered: list[int] = []
+        """Tokens that came, also those that were not read yet."""
+        self.num_before = 0
+        """Of them, those that came from replicas that were lost."""
         self.siblings: list[OutputStream] = []
         """Not submitted before this stream's first token has come."""
         self.timer: asyncio.TimerHandle | None = None
@@ -83,10 +94,13 @@ class OutputStream:
         self.deadline_s = deadline_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
-        self.num_tokens = 0
         self.stats: RequestStats | None = None
         """The latest that came with an output."""
         self.failure: Failure | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.delivered)
 
     @property
     def is_ended(self) -> bool:
@@ -146,12 +160,20 @@ async def merge(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, Out
 
 class EngineClient:
     def __init__(
-        self, send: Callable[[str, AnyMessage], object], router: Router, page_tokens: int
+        self,
+        send: Callable[[str, AnyMessage], object],
+        router: Router,
+        page_tokens: int,
+        takeover_s: float = 120.0,
     ) -> None:
+        """`takeover_s`: so long a request whose decode replica was lost waits for another."""
         self._send = send
+        self._takeover_s = takeover_s
         self._page_tokens = page_tokens
         self._fingerprint: str | None = None
         self._streams: dict[str, OutputStream] = {}
+        self._lost: list[OutputStream] = []
+        """They wait for a replica that goes on with them."""
         self.router = router
         self.caches = Caches(send)
         self.keepers = self.caches.keepers
@@ -166,15 +188,55 @@ class EngineClient:
     def on_peer_up(self, name: str, role: Role) -> None:
         """`name` may be given requests; after a restart, report it down first."""
         self.router.update(name, role, None)
+        self._go_on()
 
     def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
-        """End the requests that decode on `name` with an error. Where it was to prefill, the decode
-        leader finds another."""
+        """Requests that decode on `name` go on elsewhere, from what was delivered, if there is a
+        replica in time. Where it was to prefill, the decode leader finds
+        another."""
         self.router.remove(name)
-        for stream in list(self._streams.values()):
+        for stream in self._streams.values():
             if stream.placement is not None and stream.placement.decode == name:
-                text = f"decode replica {name} was lost: {reason}"
-                self.end(stream, "error", text, Failure.REPLICA_LOST)
+                stream.placement = None
+                stream.lost = f"decode replica {name} was lost: {reason}"
+                loop = asyncio.get_running_loop()
+                stream.takeover = loop.call_later(self._takeover_s, self._give_up, stream)
+                self._lost.append(stream)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Place requests whose replica was lost, as far as can be."""
+        while self._lost:
+            stream = self._lost[0]
+            try:
+                if not stream.is_ended:
+                    self._replay(stream)
+            except NoReplica:
+                return
+            del self._lost[0]
+
+    def _replay(self, stream: OutputStream) -> None:
+        """Send the rest of a request: what was delivered becomes part of the prompt, so that not a
+        token comes twice. Raises NoReplica."""
+        generate, new = stream.generate, stream.delivered[stream.num_before :]
+        placement = self.router.place(len(generate.prompt) // 4 + len(new))
+        if new:
+            prompt = np.concatenate((unpack_ints(generate.prompt), np.array(new, np.int32)))
+            hashes = page_hashes(prompt, self._page_tokens, generate.root)
+            left = generate.sampling.max_tokens - len(new)
+            stream.generate = msgspec.structs.replace(
+                generate,
+                prompt=pack_ints(prompt),
+                page_hashes=b"".join(hashes),
+                sampling=msgspec.structs.replace(generate.sampling, max_tokens=left),
+                num_delivered=stream.num_tokens,
+            )
+            stream.num_before = stream.num_tokens
+        stream.lost = ""
+        if stream.takeover is not None:
+            stream.takeover.cancel()
+        self.counters.replays += 1
+        self._start(stream, placement)
 
     def on_message(self, sender: str, message: AnyMessage) -> None:
         match message:
@@ -292,18 +354,17 @@ class EngineClient:
         if stream is None or stream.placement is None or stream.placement.decode != sender:
             self.counters.late_outputs += 1
             return
-        if output.token_ids and output.position != stream.num_tokens:
-            text = f"tokens {stream.num_tokens} to {output.position - 1} from {sender} were lost"
+        position = stream.num_before + output.position
+        if output.token_ids and position != stream.num_tokens:
+            text = f"tokens {stream.num_tokens} to {position - 1} from {sender} were lost"
             self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
             return
-        stream.num_tokens += len(output.token_ids)
+        stream.delivered += output.token_ids
         if output.stats is not None:
             stream.stats = output.stats
-        if stream.num_tokens > stream.generate.sampling.max_tokens:
-            text = (
-                f"replica {sender} sent {stream.num_tokens} tokens of at most "
-                f"{stream.generate.sampling.max_tokens}"
-            )
+        most = stream.num_before + stream.generate.sampling.max_tokens
+        if stream.num_tokens > most:
+            text = f"replica {sender} sent {stream.num_tokens} tokens of at most {most}"
             self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
             return
         if output.token_ids and stream.first_token_s is None:
@@ -317,7 +378,14 @@ class EngineClient:
             stream.put(output)
             self._end_siblings(stream, output.finish_reason, output.error, failure)
 
+    def _give_up(self, stream: OutputStream) -> None:
+        text = f"{stream.lost}, and no other has taken over in time"
+        self.end(stream, "error", text, Failure.REPLICA_LOST)
+
     def _on_deadline(self, stream: OutputStream) -> None:
+        if stream.lost:
+            self._give_up(stream)
+            return
         if stream.placement is None:
             stage = "waiting for the first choice's prompt to be prefilled"
         elif stream.num_tokens == 0:
@@ -329,7 +397,7 @@ class EngineClient:
         else:
             stage = (
                 f"decoding on {stream.placement.decode}, {stream.num_tokens} of at most "
-                f"{stream.generate.sampling.max_tokens} tokens done"
+                f"{stream.num_before + stream.generate.sampling.max_tokens} tokens done"
             )
         text = f"the request's time is up while {stage}"
         self.end(stream, "error", text, Failure.TIMEOUT, tell_leader=True)
@@ -371,8 +439,9 @@ class EngineClient:
     def _forget(self, stream: OutputStream, failure: Failure | None) -> None:
         stream.ended_s = asyncio.get_running_loop().time()
         stream.failure = failure
-        if stream.timer is not None:
-            stream.timer.cancel()
+        for timer in (stream.timer, stream.takeover):
+            if timer is not None:
+                timer.cancel()
         del self._streams[stream.generate.request_id]
         self.router.release()
 

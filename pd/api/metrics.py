@@ -46,8 +46,10 @@ class ApiMetrics:
         replicas: Callable[[], list[ReplicaState]],
         in_flight: Callable[[], int],
         keepers: Mapping[str, Mapping[str, float]],
+        replays: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`keepers`: their figures by name; read when scraped."""
+        """`keepers`: their figures by name; `replays`: requests that went on elsewhere. All are
+        read when scraped."""
         self.registry = registry = CollectorRegistry()
         self._ttft = Histogram(
             "pagerelay_time_to_first_token_seconds",
@@ -97,7 +99,7 @@ class ApiMetrics:
             ["code"],
             registry=registry,
         )
-        registry.register(_ReplicaCollector(replicas, in_flight))
+        registry.register(_ReplicaCollector(replicas, in_flight, replays))
         registry.register(_KeeperCollector(keepers))
 
     def observe_request(
@@ -202,16 +204,25 @@ _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
 
 class _ReplicaCollector(Collector):
     def __init__(
-        self, replicas: Callable[[], list[ReplicaState]], in_flight: Callable[[], int]
+        self,
+        replicas: Callable[[], list[ReplicaState]],
+        in_flight: Callable[[], int],
+        replays: Callable[[], int],
     ) -> None:
         self._replicas = replicas
         self._in_flight = in_flight
+        self._replays = replays
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily(
             "pagerelay_requests_in_flight",
             "Requests admitted and not ended, of this API process.",
             value=self._in_flight(),
+        )
+        yield CounterMetricFamily(
+            "pagerelay_requests_replayed",
+            "Requests that went on elsewhere after their decode replica was lost.",
+            value=self._replays(),
         )
         replicas = self._replicas()
         labels = ["replica", "role"]

@@ -24,7 +24,10 @@ class ApiNode(Node):
         from pd.router import Router
 
         self._client = EngineClient(
-            self.send, Router(self.spec.router.max_queue), self.spec.page_tokens
+            self.send,
+            Router(self.spec.router.max_queue),
+            self.spec.page_tokens,
+            self.spec.timeouts.takeover,
         )
         self._server: uvicorn.Server | None = None
         self._tokenizer = await asyncio.to_thread(self._load_tokenizer)

@@ -126,7 +126,12 @@ class _Server:
         self._model = model
         self._template = ChatTemplate(tokenizer, spec.model.chat_template)
         self._vocabulary = Vocabulary(tokenizer)
-        self._metrics = ApiMetrics(client.replicas, lambda: client.router.in_flight, client.keepers)
+        self._metrics = ApiMetrics(
+            client.replicas,
+            lambda: client.router.in_flight,
+            client.keepers,
+            lambda: client.counters.replays,
+        )
         self._created = int(time.time())
 
     # ---------------------------------------------------------------------------------- generation

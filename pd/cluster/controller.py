@@ -1,16 +1,17 @@
-"""Brings a spec's processes up on Ray, watches them, and takes them down.
+"""Brings a spec's processes up on Ray, watches them, starts what has died again, and takes them
+down.
 
 One placement group per replica, in which a bundle, and so a node, has all tensor-parallel ranks of
 a stage and context-parallel rank; one actor per process, one namespace per cluster
 (`pagerelay/NAME`). The controller tells every node who is a member; a process that dies, fails or
-does not answer for the heartbeat time-out is ended, with all ranks of its replica, and taken off
-the list, which makes the others end the requests that need it. It is not replaced yet. All waits
-have deadlines.
+does not answer for the heartbeat time-out is ended, with all ranks of its replica, taken off the
+list, and started again as another process of that name. All waits have deadlines.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 import shutil
 import signal
@@ -40,6 +41,11 @@ from pd.rank import endpoint
 from pd.spec import ClusterSpec, MemberRole, RoleSpec, SpecError, replica_role
 
 _WATCH_S = 0.5
+_POLL_S = 0.1
+_PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0
+"""Before a unit is started again: none at first, then doubling while it fails..."""
+_STABLE_S = 60.0
+"""... until it has run so long."""
 _CAUSE_S = 2.0
 """So long a rank's death may come after the errors that it makes in other ranks."""
 _DIED = "its process died"
@@ -58,10 +64,6 @@ class StartError(RuntimeError):
     """The cluster did not come up; the message says what and why."""
 
 
-class _RankStartError(StartError):
-    """A rank could not meet the others."""
-
-
 class Interrupted(Exception):
     """SIGINT or SIGTERM."""
 
@@ -69,17 +71,12 @@ class Interrupted(Exception):
 @dataclasses.dataclass(slots=True, eq=False)
 class _Process:
     name: str
-    role: MemberRole | None
-    group: PlacementGroup | None
-    """None: an API server, or a keeper."""
     rank: int = 0
-    replica: str = ""
-    """Whose rank it is; empty: its own."""
-    node: str = ""
-    """Ray's id of the node that a keeper belongs to."""
     actor: Any = None
     meeting: Any = None
     """Reference to where a replica's ranks find each other; the first rank's."""
+    starting: Any = None
+    """Reference to what its `start` returns."""
     member: Member | None = None
     process_id: ProcessId | None = None
     ended: Any = None
@@ -93,6 +90,46 @@ class _Process:
         return f"rank {rank}" if rank else ""
 
 
+class _Phase(enum.Enum):
+    ABSENT = enum.auto()
+    PLACING = enum.auto()
+    """Waits for resources."""
+    STARTING = enum.auto()
+    RUNNING = enum.auto()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Unit:
+    """What lives and dies together: a replica with all its ranks, a keeper, an API server.
+
+    ABSENT -> PLACING -> STARTING -> RUNNING -> ABSENT; from each back to ABSENT when it fails.
+    """
+
+    name: str
+    role: MemberRole | None
+    """None: an API server."""
+    node: str = ""
+    """Ray's id of the node that a keeper belongs to."""
+    phase: _Phase = _Phase.ABSENT
+    group: PlacementGroup | None = None
+    """Only of a replica."""
+    processes: list[_Process] = dataclasses.field(default_factory=list)
+    """By rank."""
+    deadline: float = 0.0
+    """Of placing and starting."""
+    problem: StartError | None = None
+    """Why a rank could not meet the others: another one's reason is better."""
+    retry_at: float = 0.0
+    failures: int = 0
+    """In a row."""
+    since: float = 0.0
+    """It has been running, or missing."""
+
+    @property
+    def is_replica(self) -> bool:
+        return self.role not in (None, "cache")
+
+
 class Controller:
     """Use as: `connect`, `start`, `watch_once` again and again, `stop` always."""
 
@@ -104,7 +141,8 @@ class Controller:
         self._check = check
         self.url = ""
         self._progress = progress
-        self._processes: list[_Process] = []
+        self._units: list[_Unit] = []
+        self._folder = Path()
         self._socket_folder = ""
         self._curve: tuple[bytes, bytes] | None = None
 
@@ -113,28 +151,33 @@ class Controller:
     def start(self, folder: Path) -> None:
         """Bring all processes up, with the model in `folder`, and introduce them to each other."""
         spec = self.spec
-        deadline = time.monotonic() + spec.timeouts.start
+        self._folder = folder
         for role, role_spec in spec.roles.items():
-            for number in range(role_spec.replicas.min):
-                name = f"{role}-{number}"
-                group = self._place(name, role_spec)
-                self._processes += [
-                    _Process(endpoint(name, rank), role, group, rank, name)
-                    for rank in range(role_spec.topology.num_ranks)
-                ]
-        self._processes.append(_Process("api-0", None, None))
-        self._wait_placed(deadline)
+            self._units += [_Unit(f"{role}-{n}", role) for n in range(role_spec.replicas.min)]
+        for unit in self._units:
+            self._begin_placing(unit)
+        self._bring_to(_Phase.STARTING, self._is_placed)
         if spec.cache.host is not None:
             self._add_keepers()
+        self._units.append(_Unit("api-0", None))
         self._choose_network()
-        for process in self._processes:
-            self._create(process, folder)
-        self._wait_started(deadline)
-        self._check_compatible()
+        for unit in self._units:
+            self._begin_starting(unit)
+        self._bring_to(_Phase.RUNNING, self._has_started)
         self._announce("")
-        self.url = next(
-            p.member.facts["url"] for p in self._processes if p.member and p.role is None
-        )
+        members = [process.member for unit in self._units for process in unit.processes]
+        self.url = next(m.facts["url"] for m in members if m is not None and m.role is None)
+
+    def _bring_to(self, phase: _Phase, has_come: Callable[[_Unit], bool]) -> None:
+        """Wait until all units have come so far. Raises StartError for the first that cannot."""
+        waiting = list(self._units)
+        while waiting:
+            self._check()
+            waiting = [unit for unit in waiting if not has_come(unit)]
+            if waiting:
+                time.sleep(_POLL_S)
+        for unit in self._units:
+            unit.phase = phase
 
     def connect(self) -> None:
         """To the Ray cluster that this process was started in, else to a local one of its own."""
@@ -158,47 +201,80 @@ class Controller:
 
     def _add_keepers(self) -> None:
         """One for each node that has replicas."""
-        nodes = {
-            node: None for process in self._processes for node in sorted(_nodes_of(process.group))
-        }
+        nodes = {node: None for unit in self._units for node in sorted(_nodes_of(unit.group))}
         for number, node in enumerate(nodes):
-            self._processes.append(_Process(f"cache-{number}", "cache", None, node=node))
+            self._units.append(_Unit(f"cache-{number}", "cache", node))
 
     def _choose_network(self) -> None:
         """ipc if all processes share this host."""
         nodes = {ray.get_runtime_context().get_node_id()}
-        for process in self._processes:
-            nodes |= _nodes_of(process.group)
+        for unit in self._units:
+            nodes |= _nodes_of(unit.group)
         if self.spec.network == "ipc" or (self.spec.network == "auto" and len(nodes) == 1):
             self._socket_folder = tempfile.mkdtemp(prefix="pagerelay-")
         else:
             self._curve = zmq.curve_keypair()
 
-    def _place(self, name: str, role: RoleSpec) -> PlacementGroup:
-        count = role.topology.num_ranks // role.topology.tp
-        bundle = {kind: each * role.topology.tp for kind, each in role.rank_resources().items()}
-        labels = {"bundle_label_selector": [role.labels] * count} if role.labels else {}
-        return placement_group([bundle] * count, strategy="PACK", name=name, **labels)
+    # ------------------------------------------------------------------------------------- one unit
 
-    def _create(self, process: _Process, folder: Path) -> None:
+    def _role_spec(self, unit: _Unit) -> RoleSpec:
+        return dict(self.spec.roles.items())[replica_role(unit.role)]
+
+    def _begin_placing(self, unit: _Unit) -> None:
+        unit.phase = _Phase.PLACING
+        unit.deadline = time.monotonic() + self.spec.timeouts.start
+        unit.problem = None
+        if unit.is_replica:
+            role = self._role_spec(unit)
+            count = role.topology.num_ranks // role.topology.tp
+            bundle = {kind: each * role.topology.tp for kind, each in role.rank_resources().items()}
+            labels = {"bundle_label_selector": [role.labels] * count} if role.labels else {}
+            self._progress(f"{unit.name}: waiting for resources")
+            unit.group = placement_group(
+                [bundle] * count, strategy="PACK", name=unit.name, **labels
+            )
+
+    def _is_placed(self, unit: _Unit) -> bool:
+        """Raises StartError when the time is up."""
+        if unit.group is None or unit.group.wait(0):
+            return True
+        if time.monotonic() < unit.deadline:
+            return False
+        wants = unit.group.bundle_specs[0]
+        raise StartError(
+            f"{unit.name}: no node offers {wants} within {self.spec.timeouts.start:g} s "
+            f"(timeouts.start); the cluster has {_amounts(ray.cluster_resources())}, and free are "
+            f"{_amounts(ray.available_resources())}"
+        )
+
+    def _begin_starting(self, unit: _Unit) -> None:
+        unit.phase = _Phase.STARTING
+        unit.deadline = time.monotonic() + self.spec.timeouts.start
+        count = self._role_spec(unit).topology.num_ranks if unit.is_replica else 1
+        unit.processes = [_Process(endpoint(unit.name, rank), rank) for rank in range(count)]
+        for process in unit.processes:
+            process.actor = self._create(unit, process)
+        first = unit.processes[0]
+        if count > 1:
+            first.meeting = first.actor.meet.remote()
+        for process in unit.processes:
+            process.starting = process.actor.start.remote(*([first.meeting] if count > 1 else []))
+
+    def _create(self, unit: _Unit, process: _Process) -> Any:
         config = NodeConfig(
             process.name,
-            process.role,
-            self.spec,
-            str(folder),
+            unit.role,
+            self._spec_for(unit),
+            str(self._folder),
             self._socket_folder,
             self._curve,
             rank=process.rank,
-            replica=process.replica,
+            replica=unit.name,
         )
         options: dict[str, Any] = {"name": process.name, "max_concurrency": 16}
         threads = 1
-        if process.role is None or process.role == "cache":
-            # An API server goes beside the controller: its port is on this host.
-            node = process.node or ray.get_runtime_context().get_node_id()
-            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
-        else:
-            role = dict(self.spec.roles.items())[replica_role(process.role)]
+        if unit.is_replica:
+            role = self._role_spec(unit)
             threads = role.threads
             resources = role.rank_resources()
             options |= {
@@ -206,149 +282,140 @@ class Controller:
                 "num_gpus": resources.pop("GPU", 0),
                 "resources": resources,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    process.group, process.rank // role.topology.tp
+                    unit.group, process.rank // role.topology.tp
                 ),
             }
+        else:
+            # An API server goes beside the controller: its port is on this host.
+            node = unit.node or ray.get_runtime_context().get_node_id()
+            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
         environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         if self._socket_folder:
             # One host: UCX needs no network but the loopback, and should listen on no other.
             environment["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")
         options["runtime_env"] = {"env_vars": environment}
-        process.actor = ray.remote(**options)(NodeActor).remote(config)
+        return ray.remote(**options)(NodeActor).remote(config)
 
-    def _wait_placed(self, deadline: float) -> None:
-        for process in self._processes:
-            if process.group is None or process.rank:
-                continue
-            self._progress(f"{process.name}: waiting for resources")
-            while not process.group.wait(_WATCH_S):
-                self._check()
-                if time.monotonic() < deadline:
-                    continue
-                wants = process.group.bundle_specs[0]
-                raise StartError(
-                    f"{process.name}: no node offers {wants} within "
-                    f"{self.spec.timeouts.start:g} s (timeouts.start); the cluster has "
-                    f"{_amounts(ray.cluster_resources())}, and free are "
-                    f"{_amounts(ray.available_resources())}"
-                )
+    def _spec_for(self, unit: _Unit) -> ClusterSpec:
+        """An API server that is started again listens where clients know it."""
+        if unit.role is not None or not self.url:
+            return self.spec
+        port = int(self.url.rpartition(":")[2])
+        return self.spec.model_copy(update={"api": self.spec.api.model_copy(update={"port": port})})
 
-    def _wait_started(self, deadline: float) -> None:
-        pending = {self._begin(process): process for process in self._processes}
-        problem: StartError | None = None
-        while pending:
-            left = deadline - time.monotonic()
-            if problem is not None and left <= 0:
-                raise problem
-            if left <= 0:
-                names = ", ".join(process.name for process in pending.values())
-                raise StartError(
-                    f"{names}: not ready within {self.spec.timeouts.start:g} s (timeouts.start)"
-                )
-            self._check()
-            ready, _ = ray.wait(list(pending), timeout=min(left, _WATCH_S))
-            for reference in ready:
-                process = pending.pop(reference)
-                try:
-                    process.member, process.process_id = self._started(process, reference)
-                except _RankStartError as error:
-                    # It waited for another rank: that one's reason is the better one.
-                    problem = problem or error
-                    deadline = min(deadline, time.monotonic() + _CAUSE_S)
-                    continue
-                process.ended = process.actor.ended.remote()
-                facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
-                self._progress(f"{process.name}: ready ({facts})")
-        if problem is not None:
-            raise problem
+    def _has_started(self, unit: _Unit) -> bool:
+        """Raises StartError, and SpecError where the spec does not fit the model."""
+        for process in unit.processes:
+            if process.member is None and ray.wait([process.starting], timeout=0)[0]:
+                self._take_member(unit, process)
+        pending = [process.name for process in unit.processes if process.member is None]
+        if pending and time.monotonic() > unit.deadline:
+            raise unit.problem or StartError(
+                f"{', '.join(pending)}: not ready within {self.spec.timeouts.start:g} s "
+                "(timeouts.start)"
+            )
+        if pending:
+            return False
+        self._check_compatible(unit)
+        unit.since = time.monotonic()
+        return True
 
-    def _begin(self, process: _Process) -> Any:
-        """A reference to what its `start` returns."""
-        ranks = self._ranks(process)
-        if len(ranks) == 1:
-            return process.actor.start.remote()
-        if process.rank == 0:
-            process.meeting = process.actor.meet.remote()
-        return process.actor.start.remote(ranks[0].meeting)
-
-    def _ranks(self, process: _Process) -> list[_Process]:
-        """All processes of its replica, by rank."""
-        if not process.replica:
-            return [process]
-        return [other for other in self._processes if other.replica == process.replica]
-
-    def _started(self, process: _Process, reference: Any) -> tuple[Member, ProcessId]:
+    def _take_member(self, unit: _Unit, process: _Process) -> None:
         try:
-            started: tuple[Member, ProcessId] = ray.get(reference)
+            process.member, process.process_id = ray.get(process.starting)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, SpecError):
                 raise SpecError(f"{process.name}: {error.cause}") from error
             kind = type(error.cause).__name__
-            failed = _RankStartError if kind == "RankError" else StartError
-            raise failed(f"{process.name}: {kind}: {error.cause}") from error
+            problem = StartError(f"{process.name}: {kind}: {error.cause}")
+            if kind != "RankError":
+                raise problem from error
+            if unit.problem is None:
+                unit.problem = problem
+                unit.deadline = min(unit.deadline, time.monotonic() + _CAUSE_S)
+            return
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[-1].strip()
             raise StartError(f"{process.name}: its process died while starting: {cause}") from error
-        return started
+        process.ended = process.actor.ended.remote()
+        facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
+        self._progress(f"{process.name}: ready ({facts})")
 
-    def _check_compatible(self) -> None:
-        """Replicas must agree on everything that a page's bytes depend on."""
-        members = [p.member for p in self._processes if p.member and p.member.is_replica]
-        first = members[0]
+    def _check_compatible(self, unit: _Unit) -> None:
+        """Replicas must agree on everything that a page's bytes depend on. Raises StartError."""
+        mine = unit.processes[0].member
+        others = [other.processes[0].member for other in self._units if other.processes]
+        other = next((m for m in others if m and m is not mine and m.is_replica), None)
+        if mine is None or other is None or not mine.is_replica:
+            return
         problems = [
-            f"{key}: {first.name} has {first.compat[key]}, {other.name} has {other.compat.get(key)}"
-            for other in members[1:]
-            for key in first.compat
-            if first.compat[key] != other.compat.get(key)
+            f"{key}: {other.name} has {other.compat[key]}, {mine.name} has {mine.compat.get(key)}"
+            for key in other.compat
+            if other.compat[key] != mine.compat.get(key)
         ]
         if problems:
             raise StartError("replicas do not fit together: " + "; ".join(problems))
 
     def _announce(self, reason: str) -> None:
         """Tell every live process who is a member: replicas first, since an API server sends them
-        requests as soon as it knows them; where one is gone the API first, whose error says so."""
-        turns = (_is_api, _is_first, _is_further_rank)
-        for is_next in turns if reason else reversed(turns):
+        requests as soon as it knows them; where one is gone the API first, which moves its requests
+        elsewhere. A replica's further ranks hear of it before, and know their leader alone."""
+        running = [unit for unit in self._units if unit.phase is _Phase.RUNNING]
+        apis = [unit for unit in running if unit.role is None]
+        others = [unit for unit in running if unit.role is not None]
+        ranks = [(unit, process) for unit in others for process in unit.processes[1:]]
+        firsts = [(unit, unit.processes[0]) for unit in others]
+        turns = [ranks, firsts, [(unit, unit.processes[0]) for unit in apis]]
+        for turn in reversed(turns) if reason else turns:
             told = [
-                process.actor.set_members.remote(self._known_to(process), reason)
-                for process in self._processes
-                if is_next(process)
+                process.actor.set_members.remote(_known_to(unit, process, running), reason)
+                for unit, process in turn
             ]
-            # A node that fails, hangs or dies over it is seen by the watch.
-            ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
-
-    def _known_to(self, process: _Process) -> list[Member]:
-        """Ranks know their leader; leaders their ranks, before all others, and everybody else."""
-        ranks = self._ranks(process)
-        if process.rank:
-            known = ranks[:1]
-        else:
-            known = [*ranks[1:], *filter(lambda each: not each.rank, self._processes)]
-        return [each.member for each in known if each.member is not None]
+            if told:
+                # A node that fails, hangs or dies over it is seen by the watch.
+                ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
     # ---------------------------------------------------------------------------------------- watch
 
     def watch_once(self) -> None:
-        """Look after the processes for half a second. Raises StartError when no API server is
-        left."""
+        """Look after the processes for half a second: end units of which something has died, and
+        start them again."""
         self._check()
-        references = [process.ended for process in self._processes]
+        running = [unit for unit in self._units if unit.phase is _Phase.RUNNING]
+        references = [process.ended for unit in running for process in unit.processes]
         ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
-        for process in list(self._processes):
-            if process not in self._processes:
-                continue  # it went with another rank
-            reason = _DIED if process.ended in ended else self._health(process)
-            if reason:
-                self._remove(*self._culprit(process, reason))
-        if not any(process.role is None for process in self._processes):
-            raise StartError("the API server is gone")
+        for unit in running:
+            for process in unit.processes:
+                reason = _DIED if process.ended in ended else self._health(process)
+                if reason:
+                    self._remove(unit, *self._culprit(unit, process, reason))
+                    break
+        for unit in self._units:
+            if unit.phase is not _Phase.RUNNING:
+                self._restore(unit)
 
-    def _culprit(self, process: _Process, reason: str) -> tuple[_Process, str]:
+    def _restore(self, unit: _Unit) -> None:
+        """Bring a unit that is missing one step further."""
+        try:
+            if unit.phase is _Phase.ABSENT and time.monotonic() >= unit.retry_at:
+                self._begin_placing(unit)
+            if unit.phase is _Phase.PLACING and self._is_placed(unit):
+                self._begin_starting(unit)
+            if unit.phase is _Phase.STARTING:
+                missing = time.monotonic() - unit.since
+                if self._has_started(unit):
+                    unit.phase = _Phase.RUNNING
+                    self._progress(f"{unit.name}: back after {missing:.1f} s")
+                    self._announce("")
+        except (StartError, SpecError, ValueError, ray.exceptions.RayError) as error:
+            self._progress(f"{unit.name}: cannot be started again: {error}")
+            self._end(unit)
+
+    def _culprit(self, unit: _Unit, process: _Process, reason: str) -> tuple[_Process, str]:
         """Where ranks fail because another one has died, that one."""
-        ranks = self._ranks(process)
-        if reason != _DIED and len(ranks) > 1:
-            dead, _ = ray.wait([each.ended for each in ranks], timeout=_CAUSE_S)
-            for each in ranks:
+        if reason != _DIED and len(unit.processes) > 1:
+            dead, _ = ray.wait([each.ended for each in unit.processes], timeout=_CAUSE_S)
+            for each in unit.processes:
                 if each.ended in dead:
                     return each, _DIED
         return process, reason
@@ -373,66 +440,74 @@ class Controller:
             self._progress(f"{process.name}: hears nothing from {', '.join(report['silent'])}")
         return str(report["failure"])
 
-    def _remove(self, process: _Process, reason: str) -> None:
-        ranks = self._ranks(process)
+    def _remove(self, unit: _Unit, process: _Process, reason: str) -> None:
         if where := process.where():
             reason = f"{where}: {reason}"
-        self._progress(f"{ranks[0].name}: gone: {reason}")
-        for each in ranks:
-            ray.kill(each.actor)
-        # Members reuse the pages that it could have written to: it must be dead by then.
-        for each in ranks:
-            if not self._is_dead(each):
-                self._progress(f"{each.name}: not known to be dead yet, trying again")
-                return
-        self._processes = [each for each in self._processes if each not in ranks]
-        self._announce(reason)
-        if process.group is not None:
-            remove_placement_group(process.group)
+        self._progress(f"{unit.name}: gone: {reason}")
+        if time.monotonic() - unit.since > _STABLE_S:
+            unit.failures = 0
+        if self._end(unit):
+            self._announce(reason)
 
-    def _is_dead(self, process: _Process) -> bool:
+    def _end(self, unit: _Unit) -> bool:
+        """End its processes, and have it started again after a while; False if that has to be
+        tried again."""
+        for process in unit.processes:
+            if process.actor is not None:
+                ray.kill(process.actor)
+        # Members reuse the pages that it could have written to: it must be dead by then.
+        for process in unit.processes:
+            if process.process_id is not None and not self._is_dead(process.process_id):
+                self._progress(f"{process.name}: not known to be dead yet, trying again")
+                return False
+        if unit.group is not None:
+            remove_placement_group(unit.group)
+        unit.group, unit.processes = None, []
+        unit.phase, unit.since = _Phase.ABSENT, time.monotonic()
+        unit.retry_at = unit.since + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
+        unit.failures += 1
+        return True
+
+    def _is_dead(self, process_id: ProcessId) -> bool:
         """Make sure of it on the process's own node: Ray reports an actor's death before its
         end."""
-        assert process.process_id is not None
         limit = self.spec.timeouts.heartbeat
-        node = process.process_id.node
-        strategy = _on_node(node)
+        strategy = _on_node(process_id.node)
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(end_process)
         try:
-            return bool(ray.get(task.remote(process.process_id, limit), timeout=limit * 2))
+            return bool(ray.get(task.remote(process_id, limit), timeout=limit * 2))
         except ray.exceptions.RayError:
-            return all(not each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
+            return all(not n["Alive"] for n in ray.nodes() if n["NodeID"] == process_id.node)
 
     # ----------------------------------------------------------------------------------------- stop
 
     def stop(self) -> None:
         """End everything that was started; safe at any time, and idempotent."""
         if ray.is_initialized():
-            actors = [process.actor for process in self._processes if process.actor is not None]
+            processes = [process for unit in self._units for process in unit.processes]
+            actors = [process.actor for process in processes if process.actor is not None]
             stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
             for actor in actors:
                 ray.kill(actor)
-            for process in self._processes:
-                if process.group is not None and not process.rank:
-                    remove_placement_group(process.group)
+            for unit in self._units:
+                if unit.group is not None:
+                    remove_placement_group(unit.group)
             ray.shutdown()
-        self._processes = []
+        self._units = []
         if self._socket_folder:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
 
 
-def _is_api(process: _Process) -> bool:
-    return process.role is None
-
-
-def _is_further_rank(process: _Process) -> bool:
-    return process.rank > 0
-
-
-def _is_first(process: _Process) -> bool:
-    return not (_is_api(process) or _is_further_rank(process))
+def _known_to(unit: _Unit, process: _Process, running: list[_Unit]) -> list[Member]:
+    """Further ranks know their leader; leaders their ranks, before all others; and all know the
+    other units."""
+    if process.rank:
+        known = unit.processes[:1]
+    else:
+        known = [*unit.processes[1:], *(other.processes[0] for other in running)]
+    return [each.member for each in known if each.member is not None]
 
 
 def _nodes_of(group: PlacementGroup | None) -> set[str]:

@@ -22,7 +22,8 @@ class RowStart:
     row: int
     sampling: SamplingParams
     tokens: Int32Array
-    """All tokens so far; the first `prompt_len` are the prompt (penalties treat them apart)."""
+    """All tokens so far; the first `prompt_len` are the client's prompt (penalties treat them
+    apart)."""
     prompt_len: int
 
 

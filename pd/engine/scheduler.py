@@ -46,6 +46,7 @@ class Tracked:
         "is_fetched",
         "length",
         "num_computed",
+        "num_delivered",
         "num_in_flight",
         "num_indexed",
         "params",
@@ -68,6 +69,7 @@ class Tracked:
         num_groups: int,
         now: float,
         tenant: str = "",
+        num_delivered: int = 0,
     ) -> None:
         self.buffer = np.empty(len(prompt) + params.max_tokens, np.int32)
         self.buffer[: len(prompt)] = prompt
@@ -76,6 +78,9 @@ class Tracked:
         self.root = root
         self.tenant = tenant
         """Whose request it is; empty: nobody's."""
+        self.num_delivered = num_delivered
+        """So many of the prompt's last tokens were generated elsewhere: penalties count them as
+        output."""
         self.hashes = hashes
         """Of the full pages of the tokens known; grows as pages fill."""
         self.num_computed = 0
@@ -428,7 +433,7 @@ class Scheduler:
                 sequence.row,
                 sequence.params,
                 sequence.buffer[: sequence.length].copy(),
-                sequence.prompt_len,
+                sequence.prompt_len - sequence.num_delivered,
             )
         )
         for number, table in enumerate(sequence.tables):

@@ -263,9 +263,18 @@ class Cluster:
             end_all(below)
 
     def pid_of(self, replica: str) -> int:
-        """From the line that says that it is ready."""
-        line = next(line for line in self.log.splitlines() if f"{replica}: ready" in line)
+        """From the last line that says that it is ready."""
+        line = [line for line in self.log.splitlines() if f"{replica}: ready" in line][-1]
         return int(line.split("pid ")[1].split(",")[0].rstrip(")"))
+
+    def kill(self, process: str) -> None:
+        """kill -9."""
+        os.kill(self.pid_of(process), signal.SIGKILL)
+
+    def wait_back(self, unit: str, times: int = 1) -> None:
+        """Until a replica or keeper has been started again so often."""
+        line = f"{unit}: back after"
+        wait_until(lambda: self.log.count(line) >= times, line, START_S)
 
     # --------------------------------------------------------------------------------------- asking
 

@@ -156,9 +156,12 @@ class FakeLeaders:
 
 
 def make_client(
-    leaders: FakeLeaders, max_queue: int = 64, with_replicas: bool = True
+    leaders: FakeLeaders,
+    max_queue: int = 64,
+    with_replicas: bool = True,
+    takeover_s: float = 30.0,
 ) -> EngineClient:
-    client = EngineClient(leaders.send, Router(max_queue), PAGE_TOKENS)
+    client = EngineClient(leaders.send, Router(max_queue), PAGE_TOKENS, takeover_s)
     leaders.client = client
     if with_replicas:
         client.set_fingerprint("test model")
@@ -216,7 +219,8 @@ class ApiHarness:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.client = make_client(self.leaders, self._max_queue, self._with_replicas)
+        takeover_s = self._spec.timeouts.takeover
+        self.client = make_client(self.leaders, self._max_queue, self._with_replicas, takeover_s)
         model = ModelInfo("tiny", len(self.tokenizer), MAX_CONTEXT, (self.tokenizer.eos_token_id,))
         app = create_app(self._spec, self.client, self.tokenizer, model)
         config = uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off")

@@ -57,7 +57,7 @@ def test_a_client_that_goes_away_within_its_body(api: Any, wait_until: Any) -> N
 def test_a_replica_that_goes_away_is_named(
     serve: Any, wait_until: Any, path: str, stream: bool
 ) -> None:
-    api = serve()
+    api = serve(timeouts={"takeover": 0.05})
     api.leaders.mode = "silent"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(api.post, path, body_for(path, stream=stream))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from hicache.keys import page_hashes, root_hash
@@ -37,6 +38,11 @@ async def drain(stream: OutputStream) -> list[Output]:
     assert [o.finish_reason is not None for o in outputs] == [False] * (len(outputs) - 1) + [True]
     assert stream.is_ended
     return outputs
+
+
+async def two_tokens(stream: OutputStream, total: int = 2) -> None:
+    while stream.num_tokens < total:  # noqa: ASYNC110 (nothing tells of a token that is not read)
+        await asyncio.sleep(0)
 
 
 def last_error(outputs: list[Output]) -> str:
@@ -117,9 +123,69 @@ def test_closing_a_finished_stream_sends_nothing(engine_client: Make, leaders: A
     run(body())
 
 
-def test_a_lost_decode_replica_ends_its_requests(engine_client: Make, leaders: Any) -> None:
+def test_a_request_goes_on_where_its_decode_replica_left_it(
+    engine_client: Make, leaders: Any
+) -> None:
+    """What was delivered is part of the prompt, and comes once."""
+
     async def body() -> None:
         client = engine_client()
+        client.on_peer_up("decode-1", "decode")
+        leaders.mode = "stuck_after_two"
+        stream = client.submit(PROMPT, SamplingParams(max_tokens=5, temperature=0.0, min_tokens=4))
+        await two_tokens(stream)
+        first = list(stream.delivered)
+        leaders.mode = "answer"
+        assert stream.placement is not None
+        lost = stream.placement.decode
+        client.on_peer_down(lost, "killed")
+        (_, one), (replica, two) = [m for m in leaders.received if isinstance(m[1], Generate)]
+        assert {lost, replica} == {"decode-0", "decode-1"}
+        assert two.prefill == "prefill-0"
+        assert unpack_ints(two.prompt).tolist() == [*PROMPT, *first]
+        assert two.num_delivered == len(first) == 2
+        assert two.sampling == msgspec.structs.replace(one.sampling, max_tokens=3)
+        assert split_hashes(two.page_hashes) == page_hashes([*PROMPT, *first], 4, one.root)
+        outputs = await drain(stream)
+        tokens = [token for output in outputs for token in output.token_ids]
+        assert tokens == stream.delivered == [*first, *leaders.tokens_for(two)]
+        assert client.counters.replays == 1
+        late = Output(stream.generate.request_id, (1,), position=2)
+        num_late = client.counters.late_outputs
+        client.on_message(lost, Outputs((late,)))
+        assert client.counters.late_outputs == num_late + 1
+        client.check_integrity()
+
+    run(body())
+
+
+def test_lost_requests_wait_for_a_replica(engine_client: Make, leaders: Any) -> None:
+    async def body() -> None:
+        client = engine_client()
+        leaders.mode = "stuck_after_two"
+        streams = [client.submit(PROMPT, PARAMS) for _ in range(3)]
+        await asyncio.gather(*(two_tokens(stream) for stream in streams))
+        client.on_peer_down("decode-0", "killed")
+        streams[2].close()
+        assert client.counters.replays == 0
+        client.on_peer_up("decode-0", "decode")
+        await asyncio.gather(*(two_tokens(stream, 4) for stream in streams[:2]))
+        leaders.mode = "answer"
+        client.on_peer_down("decode-0", "killed")
+        client.on_peer_up("decode-0", "decode")
+        for stream in streams[:2]:
+            await drain(stream)
+            assert stream.num_tokens == 5
+            assert stream.generate.num_delivered == 4
+        assert client.counters.replays == 2 + 2
+        client.check_integrity()
+
+    run(body())
+
+
+def test_nobody_takes_over(engine_client: Make, leaders: Any) -> None:
+    async def body() -> None:
+        client = engine_client(takeover_s=0.05)
         leaders.mode = "silent"
         stream = client.submit(PROMPT, PARAMS)
         client.on_peer_down("decode-0", "no heartbeat for 10 s")
@@ -237,7 +303,7 @@ def test_choices_that_wait_end_as_the_first_ends(
     engine_client: Make, leaders: Any, how: str
 ) -> None:
     async def body() -> None:
-        client = engine_client()
+        client = engine_client(takeover_s=0.05)
         leaders.mode = "error" if how == "error" else "silent"
         streams = client.submit_all(
             [(PROMPT, PARAMS)], n=3, timeout_s=0.02 if how == "deadline" else 30

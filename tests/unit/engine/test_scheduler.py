@@ -288,7 +288,7 @@ def test_random_histories(
         rig.index.check_integrity()
         ranks.check()
     assert not rig.alive, "somebody starves"
-    assert most_in_flight == max_in_flight or max_running == 1
+    assert most_in_flight >= min(max_in_flight, max_running)
     assert rig.used() == [0] * len(groups)
     assert not rig.scheduler.dropped
     assert not rig.scheduler._leaving
