@@ -11,8 +11,8 @@ msgpack_decoder.go), none of them at run time:
 
   events  were arrays in field order with the tag first until vLLM #42892 (0.24) and SGLang #37271,
           and are maps with the tag as `type` since. All three readers take both, older ones and
-          others only arrays: these are the default. Our arrays have vLLM's positions, of which
-          those after `lora_name` are left out.
+          others only arrays, so ours are. They have vLLM's positions, of which those after
+          `lora_name` are left out.
   batch   an array in both, whose third field Dynamo must find, and AIBrix as a number.
   hash    an unsigned number of 64 bits: the last 8 bytes, big-endian, of our 32, as vLLM cuts its
           own. Whole byte strings would be taken too, but AIBrix keeps the first 8 bytes of them,
@@ -32,7 +32,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 import msgspec
 import zmq
@@ -78,7 +78,8 @@ Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 class EventBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     ts: float
     events: list[Event]
-    data_parallel_rank: int
+    data_parallel_rank: int = 0
+    """Each replica is an engine of its own to a router."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,10 +146,8 @@ class EventLog:
     def __init__(
         self,
         topic: str = "",
-        data_parallel_rank: int = 0,
         max_batches: int = 10_000,
         max_bytes: int = 64 << 20,
-        encoding: Literal["array", "map"] = "array",
     ) -> None:
         self.max_batches = max_batches
         self.batches = 0
@@ -156,16 +155,14 @@ class EventLog:
         self.asked_too_late = 0
         """Batches that a replay was asked for when they were kept no longer."""
         self._topic = topic.encode()
-        self._rank = data_parallel_rank
         self._max_bytes = max_bytes
-        self._encoding = encoding
         self._encoder = msgspec.msgpack.Encoder()
         self._kept: deque[tuple[bytes, bytes]] = deque()
         self._bytes = 0
 
     def add(self, events: Sequence[Event], now: float) -> tuple[bytes, bytes, bytes]:
         """The frames to publish. `now`: seconds since 1970."""
-        payload = self._encode(events, now)
+        payload = self._encoder.encode(EventBatch(now, list(events)))
         sequence = self.batches.to_bytes(8, "big")
         self.batches += 1
         self._kept.append((sequence, payload))
@@ -173,14 +170,6 @@ class EventLog:
         while len(self._kept) > self.max_batches or self._bytes > self._max_bytes:
             self._bytes -= len(self._kept.popleft()[1])
         return self._topic, sequence, payload
-
-    def _encode(self, events: Sequence[Event], now: float) -> bytes:
-        if self._encoding == "array":
-            return self._encoder.encode(EventBatch(now, list(events), self._rank))
-        named = [
-            {"type": type(event).__name__, **msgspec.structs.asdict(event)} for event in events
-        ]
-        return self._encoder.encode([now, named, self._rank])
 
     def replay(self, start: int) -> list[tuple[bytes, bytes]]:
         """(number, batch) of those from `start` on that are kept, and the end marker."""

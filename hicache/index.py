@@ -1135,25 +1135,27 @@ class PageIndex:
             changes.append(Removed(tuple(self._removed)))
             self._removed = []
 
-    def next_evicted(self, count: int) -> list[list[bytes]]:
-        """Of the entries that are next to be evicted, about `count` in all: the hashes of their
-        sequences from page 0 on, each to the end of a leaf. Changes nothing but, with some orders,
-        who is next. Linked indexes only."""
+    def next_evicted(self, count: int) -> list[bytes]:
+        """The last page of each leaf that is next to be evicted, of leaves with about `count` pages
+        that may go in all. Changes nothing but, with some orders, who is next. Linked indexes
+        only."""
         runs: list[_Run] = []
-        while count > 0 and (run := self._order.take()) is not None:
+        while count > 0 and (run := self._order.peek()) is not None:
             assert isinstance(run, _Run)
             runs.append(run)
             count -= len(run.hashes) - run.pinned
-        chains = []
         for run in runs:
             self._order.offer(run)
-            parts: list[list[bytes]] = []
-            part: _Run | None = run
-            while part is not None:
-                parts.append(part.hashes)
-                part = part.parent
-            chains.append([page_hash for each in reversed(parts) for page_hash in each])
-        return chains
+        return [run.hashes[-1] for run in runs]
+
+    def chain(self, last: bytes) -> list[bytes]:
+        """The hashes of a sequence from page 0 to the end of the leaf that ends in this page."""
+        parts: list[list[bytes]] = []
+        run: _Run | None = self._runs[last]
+        while run is not None:
+            parts.append(run.hashes)
+            run = run.parent
+        return [page_hash for part in reversed(parts) for page_hash in part]
 
     # ------------------------------------------------------------------------------------- counters
 

@@ -5,8 +5,9 @@ Pure. A node has one host tier, shared by its replicas, and one keeper, which ow
 whole pages, whatever part of them the ranks of a replica hold, so replicas of different parallel
 shapes share them. Replicas copy; the keeper says where, and never touches the bytes.
 
-What a replica finds has references from `Found` to `Close`, what it is given room for from `Room`
-to `Copied`: no slot is used for something else while a replica may copy from or to it. Room ends in
+What a replica finds has references from `Found` to `Close`, what it is given room for, and what
+that continues, from `Room` to `Copied`: no slot is used for something else while a replica may copy
+from or to it, and no copy is in vain because what comes before it has gone. Room ends in
 the index only when the replica has said that its copies are complete. A replica that is gone
 (`client_down`: its process has ended, no copy of it is under way) gives back all. Two replicas that
 offer the same pages at the same time: the second gets no room for them, and what it has after them
@@ -25,8 +26,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from hicache.index import PageIndex
 from hicache.keys import HASH_BYTES
 from hicache.messages import (
@@ -39,6 +38,8 @@ from hicache.messages import (
     Room,
     Take,
     ToKeeper,
+    pack_ints,
+    split_hashes,
 )
 from hicache.storage_prefetch import Prefetch
 from hicache.storage_tier import StorageTier
@@ -69,6 +70,9 @@ class _Offer:
     slots: list[list[int]]
     """By layer group; each has a reference."""
     tenant: str
+    before: list[list[int]]
+    """By layer group, slots of what the pages from `first` on continue. Each has a reference: it
+    must not make room for what follows, nor for others meanwhile."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -136,12 +140,8 @@ class Keeper:
             return  # repeated, or overtaken by what closed it
         match message:
             case Find() | Offer():
-                if message.serial not in exchanges and len(exchanges) < MAX_OPEN:
-                    hashes = _split(message.page_hashes)
-                    if isinstance(message, Find):
-                        self._find(client, message, hashes, now)
-                    else:
-                        self._offer(client, message, hashes)
+                if message.serial not in exchanges:
+                    self._open(client, message, len(exchanges) < MAX_OPEN, now)
             case Take():
                 search = exchanges.get(message.serial)
                 if isinstance(search, _Search) and search.prefetch is not None:
@@ -156,6 +156,19 @@ class Keeper:
                 if message.serial in exchanges:
                     self._drop(exchanges.pop(message.serial), now)
         self._unpark(now)
+
+    def _open(self, client: str, message: Find | Offer, is_allowed: bool, now: float) -> None:
+        hashes = split_hashes(message.page_hashes)
+        nothing = (b"",) * len(self._groups)
+        match message, is_allowed:
+            case Find(), True:
+                self._find(client, message, hashes, now)
+            case Find(), False:
+                self._send(client, Found(message.serial, 0, nothing, is_last=True))
+            case Offer(), True:
+                self._offer(client, message, hashes)
+            case Offer(), False:
+                self._send(client, Room(message.serial, 0, nothing))
 
     def tick(self, now: float) -> None:
         """Also to be called when storage has brought something."""
@@ -198,7 +211,9 @@ class Keeper:
         if self.storage is not None:
             self.storage.pages_hit(hashes[:found], now)
             if found < len(hashes):
-                prefetch = self.storage.prefetch(hashes, found, now, message.tokens_per_s)
+                prefetch = self.storage.prefetch(
+                    hashes, found, now, message.tokens_per_s, message.have
+                )
                 if prefetch is not None and not prefetch.is_probe:
                     search.prefetch = prefetch
         self.stats.found_pages += found
@@ -218,32 +233,30 @@ class Keeper:
         num_read = max(0, found - search.num_resident)
         self.stats.found_pages += num_read
         self.stats.read_pages += num_read
-        packed = tuple(map(_pack, slots))
+        packed = tuple(map(pack_ints, slots))
         self._send(client, Found(serial, found, packed, search.prefetch is None, num_read))
 
     # --------------------------------------------------------------------------------------- offers
 
     def _offer(self, client: str, message: Offer, hashes: list[bytes]) -> None:
-        offer = _Offer(0, hashes, [[] for _ in self._groups], message.tenant)
-        self._clients[client][message.serial] = offer
-        there = self.index.resident(hashes)
-        first = len(there[0])
+        before = self.index.resident(hashes)
+        first = len(before[0])
+        page_tokens = self.index.page_tokens
+        for g, group in enumerate(self._groups):
+            del before[g][: group.first_needed_page(first * page_tokens, page_tokens)]
+            self.index.retain(g, before[g])
         if all(group.kind == "sliding" for group in self._groups):
             first = max(first, message.first)  # the pages before need not be there
         while first < len(hashes) and hashes[first] in self._coming:
             first += 1
-        offer.first = first
+        offer = _Offer(first, hashes, [[] for _ in self._groups], message.tenant, before)
+        self._clients[client][message.serial] = offer
         self.stats.offered_pages += len(hashes) - first
-        # What comes before must not make room for what follows, nor seem to be used.
-        for g, slots in enumerate(there):
-            self.index.retain(g, slots)
         count = self._make_room(offer, message.have)
-        for g, slots in enumerate(there):
-            self.index.release(g, slots, is_use=False)
         self.stats.refused_pages += len(hashes) - first - count
         del hashes[first + count :]
         self._coming.update(hashes[first:])
-        self._send(client, Room(message.serial, first, tuple(map(_pack, offer.slots))))
+        self._send(client, Room(message.serial, first, tuple(map(pack_ints, offer.slots))))
 
     def _make_room(self, offer: _Offer, have: tuple[int, ...]) -> int:
         """Give the pages from `first` on slots; returns for how many there was room."""
@@ -292,9 +305,15 @@ class Keeper:
             self.index.insert(parent, hashes[first:], offer.slots, first, tenant=tenant)
             if self.storage is not None and len(self.index.resident(hashes)[0]) == len(hashes):
                 self.storage.pages_stored(list(hashes), first, now)
-        self._cut(offer, first)
+        self._give_back(offer)
         if offer.tenant:
             self.index.keep_quota(offer.tenant)
+
+    def _give_back(self, offer: _Offer) -> None:
+        """It is over: give back the slots that are left."""
+        self._cut(offer, offer.first)
+        for g, slots in enumerate(offer.before):
+            self.index.release(g, slots, is_use=False)
 
     def _cut(self, offer: _Offer, end: int) -> None:
         """Give back the slots of the pages from `end` on; nobody copies to them."""
@@ -324,7 +343,7 @@ class Keeper:
 
     def _drop(self, exchange: _Search | _Offer, now: float) -> None:
         if isinstance(exchange, _Offer):
-            self._cut(exchange, exchange.first)
+            self._give_back(exchange)
             return
         self._end_prefetch(exchange, now)
         for g, slots in enumerate(exchange.held):
@@ -338,13 +357,13 @@ class Keeper:
 
     def held(self) -> Iterator[tuple[int, list[int]]]:
         """(group, slots) of all references but those of the storage tier."""
-        for exchanges in self._clients.values():
-            for exchange in exchanges.values():
-                yield from enumerate(
-                    exchange.held if isinstance(exchange, _Search) else exchange.slots
-                )
-        for offer in self._parked:
-            yield from enumerate(offer.slots)
+        everything = [each for of in self._clients.values() for each in of.values()]
+        for exchange in [*everything, *self._parked]:
+            if isinstance(exchange, _Offer):
+                yield from enumerate(exchange.slots)
+                yield from enumerate(exchange.before)
+            else:
+                yield from enumerate(exchange.held)
 
     def check_integrity(self) -> None:
         """Raises AssertionError."""
@@ -359,11 +378,3 @@ class Keeper:
         assert coming == self._coming, "pages that are coming are not those of open offers"
         for name, exchanges in self._clients.items():
             assert all(serial >= self._floors[name] for serial in exchanges)
-
-
-def _split(page_hashes: bytes) -> list[bytes]:
-    return [page_hashes[i : i + HASH_BYTES] for i in range(0, len(page_hashes), HASH_BYTES)]
-
-
-def _pack(slots: list[int]) -> bytes:
-    return np.asarray(slots, dtype="<i4").tobytes()

@@ -9,7 +9,15 @@ raw little-endian int32, by layer group; -1 is a page that is not there, or not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hicache.keys import HASH_BYTES
+
+Int32Array = npt.NDArray[np.int32]
 
 
 class CacheMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -29,6 +37,8 @@ class Find(CacheMessage, frozen=True, tag="find"):
     page_hashes: bytes
     tokens_per_s: float = 0.0
     """How fast the replica computes what it has not found; 0: unknown."""
+    have: int = 0
+    """The first so many pages are in its device tier."""
 
 
 class Take(CacheMessage, frozen=True, tag="take"):
@@ -84,3 +94,18 @@ class Room(CacheMessage, frozen=True, tag="room"):
 
 ToKeeper = Find | Take | Offer | Copied | Close
 FromKeeper = Found | Room
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+
+def pack_ints(values: Int32Array | Sequence[int]) -> bytes:
+    return np.asarray(values, dtype="<i4").tobytes()
+
+
+def unpack_ints(data: bytes) -> Int32Array:
+    return np.frombuffer(data, dtype="<i4")
+
+
+def split_hashes(data: bytes) -> list[bytes]:
+    return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]

@@ -218,6 +218,10 @@ class Order(ABC):
             self.leaves.push(key, run)  # used since
         return None
 
+    def peek(self) -> Run | None:
+        """As `take`, but nothing is evicted from it, and it is to be offered again."""
+        return self.take()
+
     def withdraw(self, run: Run) -> None:
         """It is offered no more."""
         self.leaves.withdraw(run)
@@ -400,6 +404,9 @@ class CostOrder(Order):
         if run is not None:
             self._evicted = max(self._evicted, self.key(run)[0])
         return run
+
+    def peek(self) -> Run | None:
+        return super().take()
 
 
 _ORDERS: dict[str, type[Order]] = {

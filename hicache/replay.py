@@ -60,6 +60,7 @@ class TraceRequest:
     """Of the prompt."""
     blocks: tuple[int, ...]
     """Numbers from 0 in order of first use: one for each different prefix."""
+    arrived_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,13 +145,13 @@ def parse_trace(lines: Iterable[str], block_tokens: int = BLOCK_TOKENS) -> Trace
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        num_tokens, ids = _parse_line(line, number, block_tokens)
+        num_tokens, ids, arrived_s = _parse_line(line, number, block_tokens)
         blocks = []
         parent = -1
         for block_id in ids:
             parent = numbers.setdefault((parent, block_id), len(numbers))
             blocks.append(parent)
-        requests.append(TraceRequest(num_tokens, tuple(blocks)))
+        requests.append(TraceRequest(num_tokens, tuple(blocks), arrived_s))
     if not requests:
         raise TraceError("the trace has no requests")
     return Trace(
@@ -163,8 +164,8 @@ def parse_trace(lines: Iterable[str], block_tokens: int = BLOCK_TOKENS) -> Trace
     )
 
 
-def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, list[int]]:
-    """(prompt tokens, hash ids)"""
+def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, list[int], float]:
+    """(prompt tokens, hash ids, seconds)"""
     try:
         item = json.loads(line)
     except ValueError as error:
@@ -192,7 +193,7 @@ def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, list[in
             f"line {number}: hash_ids: found {len(ids)} blocks, expected {expected}, for "
             f"input_length {num_tokens} in blocks of {block_tokens} tokens"
         )
-    return num_tokens, ids
+    return num_tokens, ids, timestamp / 1000
 
 
 def _field(item: dict[str, Any], name: str, number: int, expected: str) -> Any:
@@ -367,8 +368,8 @@ class _Lower:
         """Room for `count` blocks is needed in the device tier."""
         evicted = count - self._device.num_free(0)
         if self._write == "write_back" and evicted > 0:
-            for hashes in self._device.next_evicted(evicted):
-                self._offer(hashes)
+            for last in self._device.next_evicted(evicted):
+                self._offer(self._device.chain(last))
 
     def _offer(self, hashes: Sequence[bytes]) -> None:
         """What the host tier lacks of these enters it, half of it if that is too much, or half of

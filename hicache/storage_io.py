@@ -1,8 +1,8 @@
 """What the storage tier and the process around it say to each other, and the operations under way.
 
 Pure: times come in as arguments. The process hands each effect to a `Storage` and answers each
-operation with exactly one `Ended`, by its timeout or soon after, and one `PagesFreed` more when
-`pages_in_use` was set. It does so later, never from within `emit`.
+operation with exactly one `StorageResult`, by its timeout or soon after, and one `PagesFreed` more
+when `pages_in_use` was set. It does so later, never from within `emit`.
 
 An operation holds a reference on each of its slots until it has ended and its pages are free again.
 One that is overdue is given up: whoever waits for it hears that it failed, but its references stay
@@ -14,34 +14,32 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hicache.index import PageIndex
-from hicache.storage.storage import ObjectPart, Outcome
+from hicache.storage.storage import ObjectPart, Outcome, StorageResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Put:
+class _Move:
+    op_id: int
+    group: int
+    keys: tuple[str, ...]
+    slots: tuple[int, ...]
+    part: ObjectPart
+    timeout_s: float
+
+
+class Put(_Move):
     """Store `part` of the pages in `slots` of a layer group as `keys`."""
 
-    op_id: int
-    group: int
-    keys: tuple[str, ...]
-    slots: tuple[int, ...]
-    part: ObjectPart
-    timeout_s: float
+    __slots__ = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Get:
+class Get(_Move):
     """Read `keys` into `part` of the pages in `slots` of a layer group."""
 
-    op_id: int
-    group: int
-    keys: tuple[str, ...]
-    slots: tuple[int, ...]
-    part: ObjectPart
-    timeout_s: float
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,20 +60,8 @@ Effect = Put | Get | Exists | CancelOp
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
-    """As `StorageResult`."""
-
-    op_id: int
-    outcomes: tuple[Outcome, ...]
-    error: str | None
-    bytes_moved: int
-    seconds: float
-    pages_in_use: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class PagesFreed:
-    op_id: int
+    operation_id: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +80,8 @@ class StorageLimits:
     """After its timeout an operation without an end is given up."""
     max_queued_pages: int = 16_384
     """That wait to be written."""
+    max_queued_hashes: int = 1 << 19
+    """Of them and of all pages before them in their chains; one chain always may be queued."""
     put_attempts: int = 4
     put_pause_s: float = 0.5
     """After a failed put; twice as long after each further one."""
@@ -113,6 +101,11 @@ class StorageLimits:
     failures_to_open: int = 5
     breaker_pause_s: float = 1.0
     breaker_max_pause_s: float = 60.0
+
+
+def bytes_of(page_bytes: Sequence[int], pages: Iterable[int]) -> int:
+    """Of pages, given as bits of the groups that count; `page_bytes` by group."""
+    return sum(size for groups in pages for g, size in enumerate(page_bytes) if groups >> g & 1)
 
 
 class Rate:
@@ -194,6 +187,12 @@ class LoadCost:
         return Verdict.PROBE
 
 
+class OpKind(enum.Enum):
+    PUT = "put"
+    GET = "get"
+    EXISTS = "exists"
+
+
 class BreakerState(enum.StrEnum):
     CLOSED = "closed"
     OPEN = "open"
@@ -201,8 +200,8 @@ class BreakerState(enum.StrEnum):
 
 
 class Breaker:
-    """Stops operations on a storage that fails: after so many failures in a row nothing is begun
-    for a pause, then one trial, of one batch. Each trial that fails doubles the pause."""
+    """Stops operations on a storage that fails: after so many failures in a row of one kind nothing
+    is begun for a pause, then one trial, of one batch. Each trial that fails doubles the pause."""
 
     def __init__(self, failures: int, pause_s: float, max_pause_s: float) -> None:
         self.state = BreakerState.CLOSED
@@ -210,7 +209,7 @@ class Breaker:
         self._limit = failures
         self._pause_s = self._next_pause_s = pause_s
         self._max_pause_s = max_pause_s
-        self._failures = 0
+        self._failures = dict.fromkeys(OpKind, 0)
         self._until = 0.0
         self._trial: set[int] = set()
 
@@ -225,19 +224,21 @@ class Breaker:
             self.state = BreakerState.TRIAL
             self._trial.add(op_id)
 
-    def succeeded(self, op_id: int) -> None:
-        if self.state is BreakerState.CLOSED:
-            self._failures = 0
-        elif op_id in self._trial:
+    def succeeded(self, op_id: int, kind: OpKind) -> None:
+        """Says nothing of other kinds: a storage may answer questions and fail to read."""
+        if self.state is not BreakerState.CLOSED:
+            if op_id not in self._trial:
+                return
             self.state = BreakerState.CLOSED
-            self._failures = 0
-            self._next_pause_s = self._pause_s
             self._trial.clear()
+        self._failures[kind] = 0
+        if not any(self._failures.values()):
+            self._next_pause_s = self._pause_s
 
-    def failed(self, op_id: int, now: float) -> None:
+    def failed(self, op_id: int, kind: OpKind, now: float) -> None:
         if self.state is BreakerState.CLOSED:
-            self._failures += 1
-            if self._failures >= self._limit:
+            self._failures[kind] += 1
+            if self._failures[kind] >= self._limit:
                 self._open(now)
         elif op_id in self._trial:
             self._open(now)
@@ -256,12 +257,6 @@ class Breaker:
         self._trial.clear()
         self._until = now + self._next_pause_s
         self._next_pause_s = min(2 * self._next_pause_s, self._max_pause_s)
-
-
-class OpKind(enum.Enum):
-    PUT = "put"
-    GET = "get"
-    EXISTS = "exists"
 
 
 Then = Callable[[tuple[Outcome, ...], float], None]
@@ -387,17 +382,17 @@ class Operations:
         for op_id, operation in list(self._operations.items()):
             if operation.then is not None and now >= operation.deadline:
                 self.num_given_up += 1
-                self.breaker.failed(op_id, now)
+                self.breaker.failed(op_id, operation.kind, now)
                 self.cancel(op_id)
                 self._tell(operation, (Outcome.FAILED,) * operation.num_keys, now)
 
-    def handle(self, event: Ended | PagesFreed, now: float) -> None:
-        operation = self._operations.get(event.op_id)
+    def handle(self, event: StorageResult | PagesFreed, now: float) -> None:
+        operation = self._operations.get(event.operation_id)
         if operation is None:
             return
         if isinstance(event, PagesFreed):
             if operation.has_ended:
-                self._free(event.op_id)
+                self._free(event.operation_id)
             return
         if operation.has_ended:
             return
@@ -409,9 +404,9 @@ class Operations:
             outcomes = (Outcome.FAILED,) * operation.num_keys
         self._tell(operation, outcomes, now)
         if not event.pages_in_use:
-            self._free(event.op_id)
+            self._free(event.operation_id)
 
-    def _measure(self, event: Ended, operation: _Operation, now: float) -> None:
+    def _measure(self, event: StorageResult, operation: _Operation, now: float) -> None:
         for outcome in event.outcomes:
             self.outcomes[outcome] += 1
         told = set(event.outcomes) - {Outcome.FAILED, Outcome.REFUSED}
@@ -425,11 +420,11 @@ class Operations:
         elif operation.kind is OpKind.PUT:
             self.writes.add(event.bytes_moved, operation.started, now)
         if told:
-            self.breaker.succeeded(event.op_id)
+            self.breaker.succeeded(event.operation_id, operation.kind)
         elif operation.is_cancelled or Outcome.FAILED not in event.outcomes:
-            self.breaker.told_nothing(event.op_id, now)
+            self.breaker.told_nothing(event.operation_id, now)
         else:
-            self.breaker.failed(event.op_id, now)
+            self.breaker.failed(event.operation_id, operation.kind, now)
 
     def _tell(self, operation: _Operation, outcomes: tuple[Outcome, ...], now: float) -> None:
         then, operation.then = operation.then, None

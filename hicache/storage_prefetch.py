@@ -10,7 +10,7 @@ stays, and what there is of the last windows.
 
 A page that cannot be read, or finds no room, ends the prefix: on all groups together. What can be
 restored up to there is worked out anew, for a shorter prefix has another last window. Two
-prefetches of the same pages share one read: the second waits for the first one's batch.
+prefetches of the same pages share one read: the second waits until the first one's has ended.
 """
 
 from __future__ import annotations
@@ -24,78 +24,56 @@ from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
 from hicache.storage.storage import Outcome
 from hicache.storage_hints import StorageHints
-from hicache.storage_io import Operations, OpKind, StorageLimits, Verdict
+from hicache.storage_io import Operations, OpKind, StorageLimits, Verdict, bytes_of
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Prefetch:
     """One request's read. Its public fields are for who asked for it, to be read only."""
 
-    __slots__ = (
-        "_batches",
-        "_begin",
-        "_deadline",
-        "_exists_id",
-        "_hashes",
-        "_hold",
-        "_is_cancelled",
-        "_kept",
-        "_limit",
-        "_next",
-        "_present",
-        "_reserved",
-        "_tokens_per_s",
-        "_unread_bytes",
-        "_waits_for",
-        "is_done",
-        "is_probe",
-        "num_pages",
-        "target",
-    )
+    _hashes: list[bytes]
+    _begin: int
+    _have: int
+    """The request has the pages before."""
+    is_probe: bool
+    """Storage is thought to be slower than prefill, and this measures whether it still is: not
+    worth waiting for."""
+    _tokens_per_s: float
+    _deadline: float
+    num_groups: dataclasses.InitVar[int]
+    num_pages: int = dataclasses.field(init=False)
+    """Leading pages of the request that the host tier could match when this last changed: a lower
+    bound, exact when it is done."""
+    target: int = dataclasses.field(init=False)
+    """What `num_pages` will be if all goes well, once storage has said what it has."""
+    is_done: bool = False
+    """Nothing more will come."""
+    _limit: int = dataclasses.field(init=False)
+    """No page from here on will be had."""
+    _exists_id: int | None = None
+    """While storage is asked."""
+    _present: list[int] = dataclasses.field(init=False)
+    """By page from `begin` on, bits of the groups in which storage has it."""
+    _next: int = dataclasses.field(init=False)
+    """All before it that is needed is there or under way."""
+    _batches: collections.deque[_Batch] = dataclasses.field(default_factory=collections.deque)
+    """Those not inserted yet, in page order."""
+    _hold: list[list[int]] = dataclasses.field(init=False)
+    """Slots by group with a reference."""
+    _kept: int = 0
+    """The first page of the full groups among them."""
+    _reserved: list[int] = dataclasses.field(init=False)
+    """Pages of each pool that it is to fill."""
+    _unread_bytes: int = 0
+    """That have not been asked for yet."""
+    _is_cancelled: bool = False
 
-    def __init__(
-        self,
-        hashes: list[bytes],
-        begin: int,
-        is_probe: bool,
-        tokens_per_s: float,
-        deadline: float,
-        num_groups: int,
-    ) -> None:
-        self.num_pages = begin
-        """Leading pages of the request that the host tier could match when this last changed: a
-        lower bound, exact when it is done."""
-        self.target = begin
-        """What `num_pages` will be if all goes well, once storage has said what it has."""
-        self.is_done = False
-        """Nothing more will come."""
-        self.is_probe = is_probe
-        """Storage is thought to be slower than prefill, and this measures whether it still is: not
-        worth waiting for."""
-        self._hashes = hashes
-        self._begin = begin
-        self._limit = len(hashes)
-        """No page from here on will be had."""
-        self._tokens_per_s = tokens_per_s
-        self._deadline = deadline
-        self._exists_id: int | None = None
-        """While storage is asked."""
-        self._present = [0] * (len(hashes) - begin)
-        """By page from `begin` on, bits of the groups in which storage has it."""
-        self._next = begin
-        """All before it that is needed is there or under way."""
-        self._batches: collections.deque[_Batch] = collections.deque()
-        """Those not inserted yet, in page order."""
-        self._waits_for: _Batch | None = None
-        """Another prefetch's, or an earlier one of its own."""
-        self._hold: list[list[int]] = [[] for _ in range(num_groups)]
-        """Slots by group with a reference."""
-        self._kept = 0
-        """The first page of the full groups among them."""
+    def __post_init__(self, num_groups: int) -> None:
+        self.num_pages = self.target = self._next = self._begin
+        self._limit = len(self._hashes)
+        self._present = [0] * (len(self._hashes) - self._begin)
+        self._hold = [[] for _ in range(num_groups)]
         self._reserved = [0] * num_groups
-        """Pages of each pool that it is to fill."""
-        self._unread_bytes = 0
-        """That have not been asked for yet."""
-        self._is_cancelled = False
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -109,7 +87,6 @@ class _Batch:
     """By page, bits of groups."""
     op_ids: list[int] = dataclasses.field(default_factory=list)
     num_pending: int = 0
-    waiting: list[Prefetch] = dataclasses.field(default_factory=list)
 
 
 class Prefetcher:
@@ -162,20 +139,21 @@ class Prefetcher:
     # ------------------------------------------------------------------------------- what to read
 
     def begin(
-        self, hashes: Sequence[bytes], begin: int, now: float, tokens_per_s: float
+        self, hashes: Sequence[bytes], begin: int, now: float, tokens_per_s: float, have: int
     ) -> Prefetch | None:
         """As `StorageTier.prefetch`."""
         if not self._operations.can_start(now):
             return None
         end = min(len(hashes), begin + self._limits.max_prefetch_pages)
         end = self._hints.first_absent(hashes, begin, end, now)
-        if begin >= end or any(self._room(g) < 1 for g in self._full):
+        if max(begin, have) >= end or any(self._room(g) < 1 for g in self._full):
             return None
         chain = list(hashes[:end])
         slots = self._index.resident(chain, max(begin - 1, 0))
         if self._full and begin and not slots[0]:
             return None
-        verdict = self._judge(self._estimate(begin, end), 2, end - begin, tokens_per_s, now)
+        num_pages = end - max(begin, have)
+        verdict = self._judge(self._estimate(begin, end), 2, num_pages, tokens_per_s, now)
         if verdict is Verdict.RECOMPUTE:
             self.num_judged_slow += 1
             return None
@@ -184,6 +162,7 @@ class Prefetcher:
         prefetch = Prefetch(
             chain,
             begin,
+            have,
             verdict is Verdict.PROBE,
             tokens_per_s,
             now + self._limits.prefetch_timeout_s,
@@ -278,7 +257,8 @@ class Prefetcher:
             if page <= end:
                 self._learn_missing(prefetch, page, groups, now)
         for page in gone:
-            self._hints.add_absent(hashes[page], now)
+            if page > end:
+                self._hints.add_absent(hashes[page], now)
         for page in range(prefetch._begin, end):
             self._hints.add_stored(hashes[page], prefetch._present[page - prefetch._begin])
 
@@ -303,13 +283,17 @@ class Prefetcher:
         if num_pages < 1 or not num_bytes:
             prefetch._next = prefetch.target
             return
+        num_gained = prefetch.target - max(prefetch.num_pages, prefetch._have)
+        if num_gained < 1 and not prefetch.is_probe:
+            prefetch.target = prefetch._next = prefetch.num_pages
+            return
         # A prefetch that has begun to read goes on.
         if (
             not prefetch.is_probe
             and not prefetch._batches
             and prefetch.num_pages == prefetch._begin
         ):
-            verdict = self._judge(num_bytes, 1, num_pages, prefetch._tokens_per_s, now)
+            verdict = self._judge(num_bytes, 1, num_gained, prefetch._tokens_per_s, now)
             if verdict is Verdict.RECOMPUTE:
                 self.num_judged_slow += 1
                 prefetch.target = prefetch._next = prefetch.num_pages
@@ -393,8 +377,8 @@ class Prefetcher:
         return (
             prefetch._exists_id is None
             and not prefetch._is_cancelled
-            and prefetch._waits_for is None
             and prefetch._next < prefetch.target
+            and prefetch._hashes[prefetch._next] not in self._loading
         )
 
     def _read_next(self, prefetch: Prefetch, now: float) -> bool:
@@ -441,11 +425,9 @@ class Prefetcher:
             )
             if not groups:
                 continue
-            loading = self._loading.get(hashes[page])
-            if loading is not None:
+            if hashes[page] in self._loading:
                 if not wanted:
-                    prefetch._waits_for = loading
-                    loading.waiting.append(prefetch)
+                    prefetch._next = page
                 return wanted
             wanted.append((page, groups))
             if len(wanted) == self._batch_pages:
@@ -455,12 +437,7 @@ class Prefetcher:
         return wanted
 
     def _num_bytes(self, wanted: list[tuple[int, int]]) -> int:
-        return sum(
-            size
-            for _, groups in wanted
-            for g, size in enumerate(self._page_bytes)
-            if groups >> g & 1
-        )
+        return bytes_of(self._page_bytes, (groups for _, groups in wanted))
 
     def _allocate(self, wanted: list[tuple[int, int]]) -> list[dict[int, int]] | None:
         """Slots by group and page; pages are taken off the end of `wanted` for which there is no
@@ -519,8 +496,6 @@ class Prefetcher:
             self._release([list(of_group.values()) for of_group in batch.slots])
             for page in batch.pages:
                 del self._loading[prefetch._hashes[page]]
-            for waiting in batch.waiting:
-                waiting._waits_for = None
             self.num_restored += inserted
             self.num_wasted += len(batch.pages) - len(batch.failed) - inserted
             if inserted < len(batch.pages):
@@ -560,11 +535,8 @@ class Prefetcher:
         if prefetch._batches or prefetch.is_done:
             return
         is_idle = prefetch._exists_id is None and prefetch._next >= prefetch.target
-        if not prefetch._is_cancelled and (prefetch._waits_for is not None or not is_idle):
+        if not prefetch._is_cancelled and not is_idle:
             return
-        if prefetch._waits_for is not None:
-            prefetch._waits_for.waiting.remove(prefetch)
-            prefetch._waits_for = None
         if prefetch._exists_id is not None:
             self._operations.cancel(prefetch._exists_id)
         self._release(prefetch._hold)
@@ -633,8 +605,6 @@ class Prefetcher:
             assert not prefetch.is_done, "a prefetch that is done is active"
             assert prefetch._begin <= prefetch.num_pages <= len(prefetch._hashes), "odd progress"
             assert prefetch._limit <= len(prefetch._hashes), "a limit beyond the prefix"
-            waits_for = prefetch._waits_for
-            assert waits_for is None or prefetch in waits_for.waiting, "it waits for nothing"
             for batch in prefetch._batches:
                 assert batch.owner is prefetch, "another prefetch's batch"
                 assert batch.pages == sorted(set(batch.pages)), "pages out of order"
@@ -642,8 +612,6 @@ class Prefetcher:
                     page_hash = prefetch._hashes[page]
                     assert page_hash not in loading, "a page is read twice at once"
                     loading[page_hash] = batch
-                for waiting in batch.waiting:
-                    assert waiting._waits_for is batch, "a batch wakes one that does not wait"
         assert loading == self._loading, "pages that are being read are not those of batches"
         for g in self._full:
             reserved = sum(prefetch._reserved[g] for prefetch in self._active)

@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 
 from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
-from hicache.storage.storage import Outcome
+from hicache.storage.storage import Outcome, StorageResult
 from hicache.storage_hints import StorageHints
 from hicache.storage_io import (
     BreakerState,
     Effect,
-    Ended,
     Operations,
     OpKind,
     PagesFreed,
@@ -117,12 +116,18 @@ class StorageTier:
             self._pump(now)
 
     def prefetch(
-        self, hashes: Sequence[bytes], begin: int, now: float, tokens_per_s: float = 0.0
+        self,
+        hashes: Sequence[bytes],
+        begin: int,
+        now: float,
+        tokens_per_s: float = 0.0,
+        have: int = 0,
     ) -> Prefetch | None:
-        """Read what follows the `begin` pages that the host tier matches of these. None: nothing
-        to expect, or the tokens are predicted to be prefilled sooner, at `tokens_per_s` (0: not
-        known). The result may be done at once; it changes with the calls that follow."""
-        prefetch = self._prefetcher.begin(hashes, begin, now, tokens_per_s)
+        """Read what follows the `begin` pages that the host tier matches of these, for a request
+        that has the first `have` already. None: nothing to expect, or its tokens are predicted to
+        be prefilled sooner, at `tokens_per_s` (0: not known). The result may be done at once; it
+        changes with the calls that follow."""
+        prefetch = self._prefetcher.begin(hashes, begin, now, tokens_per_s, have)
         self._pump(now)
         return prefetch
 
@@ -131,7 +136,7 @@ class StorageTier:
         self._prefetcher.cancel(prefetch)
         self._pump(now)
 
-    def handle(self, event: Ended | PagesFreed, now: float) -> None:
+    def handle(self, event: StorageResult | PagesFreed, now: float) -> None:
         """An operation has ended, or its pages have become free. Unknown ones are ignored."""
         self._operations.handle(event, now)
         self._pump(now)

@@ -19,7 +19,7 @@ from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
 from hicache.storage.storage import Outcome
 from hicache.storage_hints import StorageHints
-from hicache.storage_io import Operations, OpKind, StorageLimits
+from hicache.storage_io import Operations, OpKind, StorageLimits, bytes_of
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -27,7 +27,7 @@ class _Chain:
     """Pages of one sequence that wait to be written: from `start` up to `end`."""
 
     hashes: Sequence[bytes]
-    """From page 0 on, perhaps with more after `end`."""
+    """From page 0 up to `end`, and perhaps what was appended since."""
     start: int
     """Those before it were stored when it was set."""
     end: int
@@ -85,6 +85,8 @@ class Writer:
         """By page."""
         self.num_queued = 0
         """Pages."""
+        self._num_hashes = 0
+        """That the queue keeps: a chain has those before its pages too."""
         self.num_written = 0
         """Pages of which an object was not in storage before."""
         self.num_overflowed = 0
@@ -104,10 +106,17 @@ class Writer:
         chain = self._chains.get(hashes[first - 1]) if first else None
         begin = chain.end if chain is not None else start
         fits = min(end, begin + self._limits.max_queued_pages - self.num_queued)
+        others = self._num_hashes - (chain.end if chain is not None else 0)
+        if others:
+            fits = min(fits, self._limits.max_queued_hashes - others)
+        fits = max(fits, begin)
         self.num_overflowed += end - fits
         if fits <= begin or hashes[fits - 1] in self._chains:
             return
         self.num_queued += fits - begin
+        self._num_hashes = others + fits
+        if fits < end:
+            hashes = hashes[:fits]
         if chain is not None:
             del self._chains[chain.last]
             chain.hashes, chain.end = hashes, fits
@@ -156,7 +165,7 @@ class Writer:
             if blocking is not None:
                 blocking.waiting.append(self._ready.popleft())
                 continue
-            if not self._operations.has_room(OpKind.PUT, self._num_bytes(batch)):
+            if not self._operations.has_room(OpKind.PUT, bytes_of(self._page_bytes, batch.put)):
                 return
             self._ready.popleft()
             self._begin(batch, slots, now)
@@ -195,14 +204,6 @@ class Writer:
         if not chain.is_dropped:
             self.num_queued -= start - chain.start
         chain.start = start
-
-    def _num_bytes(self, batch: _Batch) -> int:
-        return sum(
-            size
-            for groups in batch.put
-            for g, size in enumerate(self._page_bytes)
-            if groups >> g & 1
-        )
 
     def _begin(self, batch: _Batch, slots: list[list[int]], now: float) -> None:
         hashes = batch.chain.hashes
@@ -277,6 +278,7 @@ class Writer:
     def _drop(self, chain: _Chain) -> None:
         """It leaves the queue; a batch of it that is under way ends as it does."""
         self.num_queued -= chain.end - chain.start
+        self._num_hashes -= chain.end
         chain.is_dropped = True
         del self._chains[chain.last]
 
@@ -299,6 +301,9 @@ class Writer:
         queued = sum(chain.end - chain.start for chain in self._chains.values())
         assert self.num_queued == queued, f"{self.num_queued} pages queued, not {queued}"
         assert queued <= self._limits.max_queued_pages, f"{queued} pages queued"
+        kept = [chain.end for chain in self._chains.values()]
+        assert self._num_hashes == sum(kept), f"{self._num_hashes} hashes kept, not {sum(kept)}"
+        assert len(kept) < 2 or sum(kept) <= self._limits.max_queued_hashes, f"{sum(kept)} hashes"
         batches = dict.fromkeys(self._writing.values())
         places = [chain for chain in self._ready if not chain.is_dropped]
         places += [chain for _, _, chain in self._paused if not chain.is_dropped]

@@ -30,18 +30,18 @@ class SelectiveWrites:
         """Those used last at the end."""
 
     def used(self, hashes: Sequence[bytes], begin: int = 0) -> tuple[int, int]:
-        """A request uses pages hashes[begin:]. (first, end) of those to be offered: `first` has
-        just had enough uses, or is 0 where none has, and the page before `end` is the last that
-        ever had; (0, 0): none."""
+        """A request uses pages hashes[begin:]. (first, end) of those to be offered: `first` is the
+        first that has just had enough uses, or `end` where none has, and the page before `end` is
+        the last that ever had; (0, 0): none."""
         uses, hits = self._uses, self._hits
-        first = end = 0
+        first, end = len(hashes), 0
         for page in range(begin, len(hashes)):
             count = uses.pop(hashes[page], 0) + 1
             uses[hashes[page]] = count
-            if count == hits and not end:
-                first = page
+            if count == hits:
+                first = min(first, page)
             if count >= hits:
                 end = page + 1
         while len(uses) > self._limit:
             uses.popitem(last=False)
-        return first, end
+        return min(first, end), end

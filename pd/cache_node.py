@@ -28,7 +28,7 @@ from hicache.keeper import Keeper
 from hicache.messages import Close, Copied, Find, Offer, Take
 from hicache.storage.backends import make_storage
 from hicache.storage.storage import Outcome, Storage, StorageError
-from hicache.storage_io import BreakerState, CancelOp, Effect, Ended, Exists, Get, PagesFreed, Put
+from hicache.storage_io import BreakerState, CancelOp, Effect, Exists, Get, PagesFreed, Put
 from hicache.storage_tier import StorageTier
 from pd import cost
 from pd.messages import AnyMessage, CacheAnswer, CacheCommand, Heartbeat, Int32Array
@@ -110,15 +110,7 @@ class _Attached:
                 continue
             if not result.pages_in_use:
                 self._forget(result.operation_id)
-            ended = Ended(
-                op_id,
-                result.outcomes,
-                result.error,
-                result.bytes_moved,
-                result.seconds,
-                result.pages_in_use,
-            )
-            self.tier.handle(ended, now)
+            self.tier.handle(dataclasses.replace(result, operation_id=op_id), now)
         for number in self.storage.released():
             if number in self._operations:
                 self.tier.handle(PagesFreed(self._forget(number)), now)
@@ -170,7 +162,8 @@ class CacheNode(Node):
             facts["storage"] = self.spec.cache.storage.backend
         if self.spec.cache.events.publish:
             number = process_number(self.spec, self.name)
-            self._events = KvEvents(self.spec.cache.events, number, self._keeper.index, "host")
+            page_tokens = self.spec.page_tokens
+            self._events = KvEvents(self.spec.cache.events, number, page_tokens, "host")
             facts |= self._events.facts
         self.spawn(self._poll_loop())
         description = self._pools.describe()
@@ -220,7 +213,11 @@ class CacheNode(Node):
 
     def _make_storage(self, backend: str, options: dict[str, str]) -> Storage:
         storage = make_storage(backend, self.name, options)
-        storage.register([pool.region for pool in self._pools.pools])
+        try:
+            storage.register([pool.region for pool in self._pools.pools])
+        except Exception:
+            storage.close()
+            raise
         return storage
 
     def _attach(self, storage: Storage, backend: str) -> None:
@@ -240,15 +237,14 @@ class CacheNode(Node):
 
     async def _poll_loop(self) -> None:
         while True:
-            everyone = [*self._leaving, *([self._attached] if self._attached else [])]
-            if any(each.is_busy for each in everyone):
+            if any(each.is_busy for each in self._every_storage()):
                 await asyncio.sleep(_POLL_S)
             else:
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _IDLE_POLL_S)
             now = time.monotonic()
-            for attached in everyone:
+            for attached in self._every_storage():
                 attached.poll(now)
             self._keeper.tick(now)
             self._publish()
@@ -256,18 +252,23 @@ class CacheNode(Node):
                 self._leaving.remove(attached)
                 await asyncio.to_thread(attached.storage.close)
 
+    def _every_storage(self) -> list[_Attached]:
+        return [*self._leaving, *([self._attached] if self._attached is not None else [])]
+
     def _publish(self) -> None:
         if self._events is not None:
-            self._events.publish(time.time())
+            self._events.publish(self._keeper.index.take_changes(), time.time())
 
     # ----------------------------------------------------------------------------------- operations
 
     async def _command(self, sender: str, message: CacheCommand) -> None:
         error = ""
-        if message.action != "report" and self._is_changing:
+        if message.action == "report":
+            pass
+        elif self._is_changing:
             error = "another change is under way; try again"
         else:
-            self._is_changing = message.action != "report"
+            self._is_changing = True
             try:
                 await self._carry_out(message)
             except StorageError as reason:
@@ -393,6 +394,8 @@ class CacheNode(Node):
                 f"group_{g}_used_pages": index.num_used(g),
                 f"group_{g}_page_bytes": pool.page_bytes,
             }
+        if self._events is not None:
+            figures |= self._events.counters
         if self._attached is not None:
             stats = self._attached.tier.stats()
             figures |= {
@@ -412,13 +415,16 @@ class CacheNode(Node):
         return {"idle": not any(used) and not self._keeper.num_open, "figures": self._figures()}
 
     async def shut_down(self) -> None:
-        if self._events is not None:
-            await self._events.close()
+        # The loops still run, and what they see from now on must not be closed.
+        self._detach()
         storages = [each.storage for each in self._leaving]
-        if self._attached is not None:
-            storages.append(self._attached.storage)
+        self._leaving.clear()
         if self._first_storage is not None:
             storages.append(self._first_storage)
+            self._first_storage = None
+        events, self._events = self._events, None
+        if events is not None:
+            await events.close()
         for storage in storages:
             await asyncio.to_thread(storage.close)
 

@@ -13,6 +13,7 @@ gone, and so do, on the keeper's side, the host pages.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections import OrderedDict, deque
@@ -42,6 +43,11 @@ _SPARE_SHARE = 0.125
 """Of the device pool: with write_back, what may be evicted without notice."""
 _CHAINS_KEPT = 2
 """With write_back, those known to have been offered, in pages of the device pool."""
+_MAX_NAMED = 1 << 16
+"""With write_back, pages of all chains that are offered at a time, if they are several."""
+_AGAIN_S = 5.0
+"""With write_back, after so long what the keeper did not take is offered again, then after twice as
+long each time."""
 _OFFERED_SHARE = 0.25
 """Of the device pool, the most pages that wait to be copied out, if they are of several offers."""
 
@@ -53,6 +59,8 @@ class _Fetch:
     """None: the request has gone, a copy has not ended."""
     arrived_at: float
     hashes: list[bytes]
+    have: int
+    """Of these, so many were in the device tier."""
     deadline: float
     found: Found | None = None
     asked_to_end: bool = False
@@ -75,6 +83,8 @@ class _Offering:
     """0: not set yet."""
     count: int = 0
     """While copying: how many pages."""
+    is_all: bool = False
+    """While copying: with them, all its pages are in the host tier."""
     is_copying: bool = False
 
 
@@ -116,8 +126,9 @@ class Caching:
         self._selective: SelectiveWrites | None = None
         if spec.host is not None and self._writes == "write_through_selective":
             self._selective = SelectiveWrites(self._pool_pages, spec.host.write_hits)
-        self._written: OrderedDict[bytes, None] = OrderedDict()
-        """write_back: last pages of chains that were offered."""
+        self._written: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+        """write_back: last pages of chains that were offered; when to do so again, and how long to
+        wait after that."""
         self._storage = spec.storage or StorageCacheSpec.model_construct()
         self._numbers = numbers
         self._ready = ready
@@ -134,7 +145,8 @@ class Caching:
         self._max_offered = int(self._pool_pages * _OFFERED_SHARE)
         self._num_copying = 0
         self._quiet_since = 0.0
-        self._speed = _Speed()
+        self._speed = RecentRate(_FORGET)
+        """Of copies to the device, in bytes."""
 
     # ----------------------------------------------------------------------------------- the keeper
 
@@ -146,9 +158,12 @@ class Caching:
         if name != self.keeper:
             return
         self.keeper = ""
+        self._written.clear()
         for exchange in list(self._open.values()):
             if not exchange.is_copying:
                 self._end(exchange)
+            elif isinstance(exchange, _Offering):
+                exchange.is_all = False  # what comes next has none of it
 
     def _tell(self, serial: int, make: Callable[[int, int], AnyMessage]) -> None:
         """Send what `make` makes of the serial and the floor."""
@@ -181,13 +196,15 @@ class Caching:
         if not self.keeper or wanted < 1 or len(self._by_sequence) >= _MAX_FETCHES:
             return False
         hashes = sequence.hashes[:wanted]  # of what was generated elsewhere there are none
-        if self._index.match(hashes) == len(hashes):
+        have = self._index.match(hashes)
+        if have == len(hashes):
             return False
-        fetch = _Fetch(self._next_serial(), sequence, sequence.arrived_at, hashes, now + _ANSWER_S)
-        self._open[fetch.serial] = self._by_sequence[sequence] = fetch
-        self._queue.append(fetch)
+        serial, arrived_at = self._next_serial(), sequence.arrived_at
+        fetch = _Fetch(serial, sequence, arrived_at, hashes, have, now + _ANSWER_S)
+        self._open[serial] = self._by_sequence[sequence] = fetch
+        bisect.insort(self._queue, fetch, key=lambda each: each.arrived_at)
         chain = b"".join(hashes)
-        self._tell(fetch.serial, lambda s, floor: Find(s, floor, chain, tokens_per_s))
+        self._tell(serial, lambda s, floor: Find(s, floor, chain, tokens_per_s, have))
         return True
 
     def __contains__(self, sequence: Tracked) -> bool:
@@ -213,7 +230,9 @@ class Caching:
         ):
             return  # unsound: as if it had not come
         if fetch.found is None:
-            fetch.deadline = now + self._patience(len(fetch.hashes) - message.num_pages)
+            fetch.deadline = now + self._patience(
+                len(fetch.hashes) - max(message.num_pages, fetch.have)
+            )
         fetch.found = message
 
     def _patience(self, num_pages: int) -> float:
@@ -228,16 +247,19 @@ class Caching:
         self.lacks_pages_since = math.inf
         room = self._scheduler.num_free_rows + 1 - self._num_copying
         for fetch in list(self._queue):
-            assert fetch.sequence is not None
-            room -= 1
-            if self._scheduler.num_waiting_before(fetch.sequence.arrived_at) > room:
+            if self._scheduler.num_waiting_before(fetch.arrived_at) >= room:
                 return
             if fetch.found is None:
-                continue
-            if fetch.found.is_last:
+                room -= 1
+            elif fetch.found.is_last:
+                room -= 1
                 self._copy_in(fetch, fetch.found, tokens_per_s)
+                if self.lacks_pages_since < math.inf:
+                    return  # what there is is for this one
             elif self._storage.prefetch == "best_effort":
+                room -= 1
                 self._ask_to_end(fetch, now)
+            # Any other waits for storage, and needs no row soon.
 
     def _ask_to_end(self, fetch: _Fetch, now: float) -> None:
         if not fetch.asked_to_end:
@@ -253,9 +275,7 @@ class Caching:
         firsts = [int(np.flatnonzero(slots < 0).max(initial=-1)) + 1 for slots in host]
         counts = [len(slots) - first for slots, first in zip(host, firsts, strict=True)]
         num_tokens = (len(hashes) - begin) * self._page_tokens
-        if not num_tokens or not self._speed.is_worth(
-            self._bytes(counts), num_tokens, tokens_per_s
-        ):
+        if not num_tokens or self._is_slow(self._bytes(counts), num_tokens, tokens_per_s):
             self._end(fetch)
             return
         # What comes before must not make room for what follows.
@@ -265,7 +285,7 @@ class Caching:
             for g, acquired in enumerate(fetch.slots):
                 self._index.release(g, acquired)
             fetch.slots = []
-            self.lacks_pages_since = min(self.lacks_pages_since, fetch.arrived_at)
+            self.lacks_pages_since = fetch.arrived_at
             return
         for g, wanted in enumerate(host):
             slots = self._index.allocate(g, counts[g], first_pages[g])
@@ -276,6 +296,13 @@ class Caching:
         self._queue.remove(fetch)
         self._num_copying += 1
         self._copy(fetch, [slots[begin:] for slots in fetch.slots], host, to_host=False)
+
+    def _is_slow(self, num_bytes: int, num_tokens: int, tokens_per_s: float) -> bool:
+        """Whether copying takes longer than computing."""
+        bytes_per_s = self._speed.per_s
+        if not tokens_per_s or not bytes_per_s:
+            return False
+        return num_bytes / bytes_per_s >= num_tokens / tokens_per_s
 
     def _copied_in(self, fetch: _Fetch, event: PagesCopied) -> None:
         self._num_copying -= 1
@@ -299,6 +326,8 @@ class Caching:
 
     def published(self, sequence: Tracked, begin: int, end: int) -> None:
         """Pages of a sequence, from `begin` to before `end`, are complete and in the index."""
+        for page_hash in sequence.hashes[begin:end] if self._written else ():
+            self._written.pop(page_hash, None)  # the host tier may have lost it as well
         if self._writes == "write_through":
             self._offer(sequence.hashes[:end], sequence.tables, begin, sequence.tenant)
         else:
@@ -314,20 +343,31 @@ class Caching:
             if last:
                 self._offer(sequence.hashes[:last], sequence.tables, first, sequence.tenant)
 
-    def _write_back(self) -> None:
+    def _write_back(self, now: float) -> None:
         """Offer what is next to be evicted, in time."""
         spare = int(self._pool_pages * _SPARE_SHARE)
         if self._num_offered or self._index.num_free(0) >= spare:
             return
-        for hashes in self._index.next_evicted(spare):
-            written = self._written
-            if hashes[-1] in written:
+        named = 0
+        for last in self._index.next_evicted(spare):
+            when, pause_s = self._written.get(last, (now, _AGAIN_S))
+            if now < when:
                 continue
-            written[hashes[-1]] = None
-            while len(written) > _CHAINS_KEPT * self._pool_pages:
-                written.popitem(last=False)
-            tenant = self._index.tenant_of(hashes[-1]) or ""
+            if named > _MAX_NAMED or (named and self._num_offered >= self._max_offered):
+                return
+            self._offer_again(last, now + pause_s, 2 * pause_s)
+            hashes = self._index.chain(last)
+            named += len(hashes)
+            tenant = self._index.tenant_of(last) or ""
             self._offer(hashes, self._index.resident(hashes), len(hashes) - 1, tenant)
+
+    def _offer_again(self, last: bytes, when: float, pause_s: float = _AGAIN_S) -> None:
+        """What ends in this page, if it is next to be evicted then."""
+        if self._writes == "write_back" and self.keeper:
+            self._written[last] = when, pause_s
+            self._written.move_to_end(last)
+            if len(self._written) > _CHAINS_KEPT * self._pool_pages:
+                self._written.popitem(last=False)
 
     def _offer(
         self, hashes: list[bytes], tables: Sequence[Sequence[int]], new: int, tenant: str
@@ -354,6 +394,10 @@ class Caching:
         is_whole = [len(slots) for slots in host] == [offer.count] * len(self._groups)
         if not is_whole or not 0 <= room.first <= len(offer.hashes) - offer.count:
             offer.count = 0
+        elif room.first + offer.count == len(offer.hashes):
+            offer.is_all = True
+            if not offer.count:
+                self._offer_again(offer.hashes[-1], math.inf)
         device = [slots[room.first : room.first + offer.count] for slots in offer.slots]
         # Without room, or given some for pages that were not offered.
         if not offer.count or any(
@@ -372,6 +416,8 @@ class Caching:
             self.seconds_out += event.seconds
             count = offer.count
             self._tell(offer.serial, lambda s, floor: Copied(s, floor, count))
+            if offer.is_all:
+                self._offer_again(offer.hashes[-1], math.inf)
         self._end(offer)
 
     # --------------------------------------------------------------------------------------- copies
@@ -425,7 +471,7 @@ class Caching:
 
     def tick(self, now: float) -> None:
         if self._writes == "write_back" and self.keeper:
-            self._write_back()
+            self._write_back(now)
         for exchange in list(self._open.values()):
             if not exchange.deadline:
                 exchange.deadline = now + _ANSWER_S
@@ -476,19 +522,19 @@ def _first_held(pages: Sequence[int]) -> int:
     return 0
 
 
-class _Speed:
-    """Of copies to the device: the mean over some of the last."""
+class RecentRate:
+    """So many a second: the mean over some of the last."""
 
-    def __init__(self) -> None:
-        self._bytes = 0.0
-        self._seconds = 0.0
+    def __init__(self, forget: float) -> None:
+        """`forget`: what each weighs against the next one."""
+        self._forget = forget
+        self._count = self._seconds = 0.0
 
-    def measured(self, num_bytes: int, seconds: float) -> None:
-        self._bytes = self._bytes * _FORGET + num_bytes
-        self._seconds = self._seconds * _FORGET + seconds
+    @property
+    def per_s(self) -> float:
+        """0: unknown."""
+        return self._count / self._seconds if self._seconds else 0.0
 
-    def is_worth(self, num_bytes: int, num_tokens: int, tokens_per_s: float) -> bool:
-        """Whether copying takes less time than computing."""
-        if not tokens_per_s or not self._bytes:
-            return True
-        return num_bytes * self._seconds / self._bytes < num_tokens / tokens_per_s
+    def measured(self, count: int, seconds: float) -> None:
+        self._count = self._count * self._forget + count
+        self._seconds = self._seconds * self._forget + seconds

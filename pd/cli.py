@@ -238,6 +238,8 @@ def _print_cost(cost: Cost, console: Console) -> None:
     if cost.max_context is not None:
         longest = f"{cost.max_context:,} tokens"
     console.print(f"longest request (prompt and output): {longest}", highlight=False)
+    for warning in cost.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
@@ -775,6 +777,98 @@ def bench_cache(
         print_cache_report(report, Console(width=width, soft_wrap=True))
     if report.interrupted:
         raise typer.Exit(130)
+
+
+@bench.command("router")
+def bench_router(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TRACE]", help="JSON lines: place these requests, by policy."),
+    ] = None,
+    policy: Annotated[
+        list[str],
+        typer.Option(
+            help="cost, prefix, least_loaded or round_robin; may be given again. Default: cost, "
+            "with a trace all."
+        ),
+    ] = [],  # noqa: B006
+    replicas: Annotated[
+        list[int],
+        typer.Option(min=1, help="May be given again. Default: 10, 100, 1000; with a trace 10."),
+    ] = [],  # noqa: B006
+    prompt_tokens: Annotated[
+        list[int], typer.Option(min=1, help="May be given again. Not with a trace.")
+    ] = [8192, 131072],  # noqa: B006
+    page_tokens: Annotated[int, typer.Option(min=1, help="Not with a trace.")] = 64,
+    decisions: Annotated[int, typer.Option(min=100, help="By row. Not with a trace.")] = 3000,
+    room: Annotated[
+        int, typer.Option(min=1, help="Tokens in each replica's device tier. With a trace.")
+    ] = 3_000_000,
+    speed: Annotated[
+        list[float],
+        typer.Option(help="Tokens a second that a replica computes. With a trace; again."),
+    ] = [10_000.0],  # noqa: B006
+    block_tokens: Annotated[int, typer.Option(min=1, help="Of the trace's blocks.")] = 512,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time the router's decisions; or, with a trace, say what its policies would have hit."""
+    from typing import get_args
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hicache.replay import TraceError, parse_trace
+    from pd.bench import router as bench_of
+    from pd.bench.errors import BenchError
+    from pd.bench.placement import PlacementOptions
+    from pd.router import Policy
+
+    known: tuple[Policy, ...] = get_args(Policy)
+    if strange := [name for name in policy if name not in known]:
+        expected = ", ".join(known)
+        raise _Failure(f"--policy: found {strange[0]!r}, expected one of {expected}", 2)
+    policies = tuple(name for name in known if name in policy)
+    bar = _console(stderr=True)
+    quiet = not bar.is_terminal
+    report: bench_of.RouterReport | bench_of.PlacementReport
+    try:
+        with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
+            task = progress.add_task("starting", total=None)
+
+            def on_row(title: str, done: int) -> None:
+                progress.update(task, description=title)
+
+            if trace is None:
+                options = bench_of.RouterOptions(
+                    replicas=tuple(replicas) or bench_of.RouterOptions().replicas,
+                    prompt_tokens=tuple(prompt_tokens),
+                    page_tokens=page_tokens,
+                    decisions=decisions,
+                    policy=policies[0] if policies else "cost",
+                    seed=seed,
+                )
+                report = bench_of.run_router_bench(options, on_row)
+            else:
+                placing = PlacementOptions(replicas[0] if replicas else 10, room, seed=seed)
+                with trace.open(encoding="utf-8") as lines:
+                    requests = parse_trace(lines, block_tokens)
+                report = bench_of.run_placement_bench(
+                    requests, policies or known, tuple(speed), placing, on_row
+                )
+    except (BenchError, TraceError) as error:
+        raise _Failure(str(error), 2) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Failure(f"{trace}: cannot be read: {error}", 2) from error
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+        return
+    console = Console(width=max(bench_of.WIDTH, _console().width), soft_wrap=True)
+    match report:
+        case bench_of.RouterReport():
+            bench_of.print_router_report(report, console)
+        case bench_of.PlacementReport():
+            bench_of.print_placement_report(report, console)
 
 
 @bench.command("multiturn")

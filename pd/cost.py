@@ -18,6 +18,8 @@ from pd.spec import ClusterSpec, Role, RoleSpec, SpecError
 from transfer.layout import LayerGroup, PageLayout
 from transfer.topology import RankCoord, ReplicaLayout, Topology
 
+_MOST_PAGES = 2**30
+"""Of a pool: page numbers have 32 bits. A stage may have no layer of the group that is sized."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -174,7 +176,7 @@ def plan_pools(
             "(two pages of each layer group)"
         )
     low, high = 2, 4
-    while needed(high) <= budget:
+    while needed(high) <= budget and high < _MOST_PAGES:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -207,6 +209,35 @@ def plan_host(layouts: Sequence[PageLayout], memory_bytes: int) -> list[int]:
     while _pool_bytes(layouts, pages(count)) > memory_bytes:
         count -= 1
     return pages(count)
+
+
+def host_warnings(layouts: Sequence[PageLayout], memory_bytes: int) -> tuple[str, ...]:
+    """What a node's host tier of this size will not do.
+
+    Beside a full group, a prefix comes back only with the last window of each sliding group, and
+    while one is copied in another one is found: a pool with fewer pages than two windows has hardly
+    a whole one at any time. Raises SpecError as `plan_host`.
+    """
+    pages = plan_host(layouts, memory_bytes)
+    if all(layout.group.kind == "sliding" for layout in layouts):
+        return ()
+    found = []
+    for layout, num_pages in zip(layouts, pages, strict=True):
+        if layout.group.kind != "sliding":
+            continue
+        windows = 2 * (_ceil(layout.group.window, layout.page_tokens) + 1)
+        if num_pages - 1 < windows:
+            wanted = [
+                windows + 1 if each.group.kind == "sliding" else 4 * (windows + 1)
+                for each in layouts
+            ]
+            found.append(
+                f"cache.host.memory: {format_bytes(memory_bytes)} hold {num_pages - 1} pages of "
+                f"{layout.page_tokens} tokens with sliding window {layout.group.window}, fewer "
+                f"than two windows ({windows}): next to nothing will be found there; expected at "
+                f"least {format_bytes(_pool_bytes(layouts, wanted))}"
+            )
+    return tuple(found)
 
 
 def max_context(
@@ -315,6 +346,7 @@ class Cost:
     roles: tuple[RoleCost, ...]
     max_context: int | None
     """Of a request that passes through all roles; None: unknown until the workers have started."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def token_bytes(self) -> int:
@@ -377,6 +409,7 @@ def estimate_cost(
                 max_context=None if pages is None else longest,
             )
         )
+    host = spec.cache.host
     known = all(role.pages is not None for role in roles)
     bounds = [role.max_context for role in roles if role.max_context is not None]
     longest = wanted or (min(bounds, default=limit) if known else None)
@@ -387,6 +420,7 @@ def estimate_cost(
         layouts=layouts,
         roles=tuple(roles),
         max_context=longest,
+        warnings=() if host is None else host_warnings(layouts, host.memory),
     )
 
 
@@ -439,6 +473,7 @@ def describe(cost: Cost) -> dict[str, Any]:
             }
             for role in cost.roles
         ],
+        "warnings": list(cost.warnings),
     }
 
 

@@ -27,7 +27,7 @@ from typing import assert_never
 
 from hicache.index import PageIndex
 from hicache.messages import Found, Room
-from pd.caching import Caching
+from pd.caching import Caching, RecentRate
 from pd.checks import is_sound
 from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
@@ -70,6 +70,7 @@ from pd.messages import (
 from pd.receiving import Receiving
 from pd.sending import Sending
 from pd.spec import CacheSpec, MemberRole
+from pd.speed import DecodeSpeed
 from transfer.layout import PageLayout
 from transfer.topology import Topology
 
@@ -117,13 +118,16 @@ class Leader:
         cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
         on_stored: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
         max_in_flight: int = 1,
+        max_context: int | None = None,
     ) -> None:
         """`on_stored`: these pages of a sequence may have entered the index. `max_in_flight`:
-        steps; their `StepDone` come in their order."""
+        steps; their `StepDone` come in their order. `max_context`: tokens of a request that the
+        pools hold."""
         if index.cp != topology.cp:
             raise ValueError(f"an index of cp {index.cp} for a replica of {topology}")
         self.name = name
         self.index = index
+        self._max_context = max_context
         groups = tuple(layout.group for layout in layouts)
         page_tokens = layouts[0].page_tokens
         self.scheduler = Scheduler(
@@ -185,7 +189,9 @@ class Leader:
             self._send,
             self._emit,
         )
-        self._prefill_rate = _Rate()
+        self._prefill_rate = RecentRate(_FORGET)
+        """Tokens of steps that had prompts in them."""
+        self._decode_speed = DecodeSpeed()
         self._on_stored = on_stored
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -245,7 +251,7 @@ class Leader:
             running=len(self.scheduler.running),
             handovers_in=len(receiving),
             handovers_out=len(sending),
-            waiting_tokens=sum(s.remaining for s in waiting)
+            waiting_tokens=sum(map(self._to_compute, waiting))
             + sum(s.remaining for s in self.scheduler.running if s.remaining > 1),
             pages_free=tuple(index.num_free(g) for g in groups),
             pages_cached=tuple(index.num_cached(g) for g in groups),
@@ -271,8 +277,20 @@ class Leader:
             host_seconds_out=caching.seconds_out,
             host_pages_not_offered=caching.dropped_offers,
             pages_evicted=index.evictions,
+            prefill_tokens_per_s=self._prefill_rate.per_s,
+            decode_s_per_request=self._decode_speed.s_per_request,
             **self._counts,
         )
+
+    def _to_compute(self, sequence: Tracked) -> int:
+        """Tokens of one that waits, without those that are cached by now."""
+        if sequence.num_computed:
+            return sequence.remaining
+        return sequence.remaining - self._num_cached(sequence) * self._page_tokens
+
+    def _num_cached(self, sequence: Tracked) -> int:
+        """Pages; never the last token's, which is to be computed."""
+        return self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
 
     # ------------------------------------------------------------------------------------- messages
 
@@ -316,6 +334,12 @@ class Leader:
             message.prefill,
         )
         self._generations[message.request_id] = self._by_sequence[sequence] = generation
+        longest = sequence.length + sequence.params.max_tokens
+        if self._max_context is not None and longest > self._max_context:
+            # The API knew other replicas when it let this request in.
+            error = f"{longest} tokens, but {self.name} holds at most {self._max_context}"
+            self._finish(generation, now, "error", error)
+            return
         self._place(generation, now)
 
     def _track(self, message: Generate | Reserve, now: float) -> Tracked:
@@ -336,8 +360,7 @@ class Leader:
         """Queue it for a handover or, with little to compute or nobody to ask, for our own
         batch."""
         sequence = generation.sequence
-        cached = self.index.match(sequence.hashes[: (sequence.length - 1) // self._page_tokens])
-        uncached = sequence.length - cached * self._page_tokens
+        uncached = sequence.length - self._num_cached(sequence) * self._page_tokens
         generation.prefill = self._choose_prefill(generation)
         if uncached <= self._local_prefill_tokens:
             generation.prefill = ""
@@ -545,6 +568,8 @@ class Leader:
         self._counts["steps"] += 1
         if self.scheduler.num_prefilling:
             self._prefill_rate.measured(self.scheduler.num_prefilling, result.seconds)
+        elif result.tokens:
+            self._decode_speed.measured(len(result.tokens), result.seconds)
         for progress in self.scheduler.commit(result):
             sequence, token, logprob = progress.sequence, progress.token, progress.logprob
             generation = self._by_sequence.get(sequence)
@@ -639,19 +664,3 @@ class Leader:
         self._receiving.check_integrity()
         self._sending.check_integrity()
         self._caching.check_integrity()
-
-
-class _Rate:
-    """Tokens that steps compute in a second, over some of the last that had prompts in them."""
-
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
-
-    @property
-    def per_s(self) -> float:
-        """0: unknown."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def measured(self, num_tokens: int, seconds: float) -> None:
-        self._tokens = self._tokens * _FORGET + num_tokens
-        self._seconds = self._seconds * _FORGET + seconds

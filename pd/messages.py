@@ -4,9 +4,10 @@ A message travels one way, as two ZMQ frames: a fixed header (magic, protocol ve
 incarnation and the addressee's, the sender's name) and a msgpack body. The version is checked
 before the body is decoded; what is addressed to another incarnation is not for this process. Token
 ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
-digests laid end to end.
+digests laid end to end, and as their first 8 bytes where routers are told of them.
 
 Protocol versions:
+5  leaders tell API processes of their pages: PagesWanted, PagesHeld, PagesChanged.
 4  requests have a tenant: Generate, Reserve.
 3  a node's keeper: Find, Take, Offer, Copied, Close, Found, Room (hicache/messages.py); how many
    cached tokens came from which tier.
@@ -22,17 +23,20 @@ import struct
 from typing import Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from hicache.messages import Close, Copied, Find, Found, Offer, Room, Take
+from hicache.messages import Int32Array as Int32Array
+from hicache.messages import pack_ints as pack_ints
+from hicache.messages import split_hashes as split_hashes
+from hicache.messages import unpack_ints as unpack_ints
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
+PAGE_KEY_BYTES = 8
+"""Of a page hash, in what leaders tell of their pages."""
 _MAGIC = b"PRLY"
 _HEADER = struct.Struct("<4sHQQ")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Int32Array = npt.NDArray[np.int32]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -168,6 +172,16 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Because too many were waiting to be copied."""
     pages_evicted: int = 0
     """Over all layer groups."""
+    event_overruns: int = 0
+    """Of KV events: times that a subscriber fell behind..."""
+    events_asked_too_late: int = 0
+    """... and batches that were asked for again when they were kept no longer."""
+    prefill_tokens_per_s: float = 0.0
+    """While prompts are computed, over some of the last steps; 0: unknown."""
+    decode_s_per_request: float = 0.0
+    """By which another request makes a step longer; 0: unknown."""
+    pages_told: int = 0
+    """Sequence number of the last `PagesChanged`; 0: it tells nothing of its pages."""
 
 
 # ------------------------------------------------------------------------- to a leader, from an API
@@ -193,6 +207,13 @@ class Generate(Message, frozen=True, tag="generate"):
 
 class Abort(Message, frozen=True, tag="abort"):
     request_id: str
+
+
+class PagesWanted(Message, frozen=True, tag="pages_wanted"):
+    """Tell of all pages in the device tier, and from then on of what changes; answered by
+    `PagesHeld` (pd/page_feed.py)."""
+
+    serial: int
 
 
 # ----------------------------------------------------------------- to a prefill leader, from decode
@@ -312,6 +333,26 @@ class Outputs(Message, frozen=True, tag="outputs"):
     outputs: tuple[Output, ...]
 
 
+class PagesHeld(Message, frozen=True, tag="pages_held"):
+    """A part of all pages, as they were after the change `sequence`."""
+
+    serial: int
+    """Of what it answers."""
+    sequence: int
+    part: int
+    """0, 1, ..."""
+    is_last: bool
+    pages: bytes
+    """First bytes of their hashes, in no order."""
+
+
+class PagesChanged(Message, frozen=True, tag="pages_changed"):
+    sequence: int
+    """One more than that of the change before."""
+    stored: bytes
+    removed: bytes
+
+
 # --------------------------------------------------------------------------------------- to anybody
 
 
@@ -364,6 +405,7 @@ class RankReport(Message, frozen=True, tag="rank_report"):
 AnyMessage = (
     Generate
     | Abort
+    | PagesWanted
     | Reserve
     | Ask
     | Cancel
@@ -381,6 +423,8 @@ AnyMessage = (
     | Found
     | Room
     | Outputs
+    | PagesHeld
+    | PagesChanged
     | Heartbeat
     | CacheCommand
     | CacheAnswer
@@ -422,15 +466,3 @@ def decode(frames: list[bytes], addressee: int) -> tuple[str, int, AnyMessage]:
         return frames[0][_HEADER.size :].decode(), incarnation, _decoder.decode(frames[1])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(str(error)) from error
-
-
-def pack_ints(values: Int32Array | list[int]) -> bytes:
-    return np.asarray(values, dtype="<i4").tobytes()
-
-
-def unpack_ints(data: bytes) -> Int32Array:
-    return np.frombuffer(data, dtype="<i4")
-
-
-def split_hashes(data: bytes) -> list[bytes]:
-    return [data[i : i + 32] for i in range(0, len(data), 32)]

@@ -85,6 +85,11 @@ class NodeConfig:
     replica: str = ""
     """Whose rank it is; empty: its own."""
 
+    @property
+    def rank_host(self) -> str:
+        """Where this process is reached by other ranks of its replica."""
+        return "127.0.0.1" if self.socket_folder else self.host
+
 
 class Node:
     """Sockets, membership and timers; subclasses say what is done with events."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from hicache.events import MEDIA, Content, EventLog, EventPublisher, block_events
-from hicache.index import PageIndex, Stored
+from hicache.index import Change, Stored
 from pd.engine.scheduler import Tracked
 from pd.spec import CacheEventsSpec, ClusterSpec, SpecError
 
@@ -49,13 +49,12 @@ class KvEvents:
         self,
         spec: CacheEventsSpec,
         number: int,
-        index: PageIndex,
+        page_tokens: int,
         tier: str,
         content_of: Callable[[Stored], Content | None] = lambda change: Content(()),
     ) -> None:
-        """`index` has a feed. Needs a running event loop. Raises SpecError when an address cannot
-        be bound."""
-        self._index = index
+        """Needs a running event loop. Raises SpecError when an address cannot be bound."""
+        self._page_tokens = page_tokens
         self._medium = MEDIA[tier]
         self._content_of = content_of
         publish = plan_address(spec.publish, number)
@@ -71,12 +70,18 @@ class KvEvents:
             self.facts["replay"] = self._publisher.replay_address
         self._replays = asyncio.get_running_loop().create_task(self._publisher.serve_replays())
 
-    def publish(self, now: float) -> None:
-        """What has changed since the last call, as one batch. `now`: seconds since 1970."""
-        changes = self._index.take_changes()
+    def publish(self, changes: Sequence[Change], now: float) -> None:
+        """Changes of the index, if any, as one batch. `now`: seconds since 1970."""
         if changes:
-            events = block_events(changes, self._content_of, self._index.page_tokens, self._medium)
+            events = block_events(changes, self._content_of, self._page_tokens, self._medium)
             self._publisher.publish(events, now)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {
+            "event_overruns": self._publisher.overruns,
+            "events_asked_too_late": self._publisher.log.asked_too_late,
+        }
 
     async def close(self) -> None:
         self._replays.cancel()

@@ -189,9 +189,12 @@ class RankWorker:
         spec: ClusterSpec,
         role: Role,
         rank: int,
+        host: str,
         on_event: Callable[[RankEvent], None],
     ) -> None:
-        """`name` is the replica's. `on_event` is called on any thread."""
+        """`name` is the replica's, `host` an address of this node. `on_event` is called on any
+        thread."""
+        self._host = host
         self.rank = rank
         self._name = name
         self._spec = spec
@@ -199,6 +202,8 @@ class RankWorker:
         self._on_event = on_event
         self._digester = ThreadPoolExecutor(1, "digests")
         self.compute = ThreadPoolExecutor(1, "compute")
+        self._stops: list[Callable[[float], None]] = []
+        """Of what has been started so far."""
         self._connected: dict[str, list[str]] = {}
         """By replica: its ranks that this one writes to."""
 
@@ -227,8 +232,8 @@ class RankWorker:
         self._store = store = None if meeting is None else join_store(*meeting, limits.start)
         shares_gpu = device.type == "cpu" or role.rank_resources()["GPU"] < 1
         backend: Backend = "gloo" if shares_gpu else "nccl"
-        host = "127.0.0.1" if meeting is None else meeting[0]
-        ranks = Ranks(topology, self.rank, store, host, limits.start, device, backend)
+        ranks = Ranks(topology, self.rank, store, self._host, limits.start, device, backend)
+        self._stops.append(lambda _: ranks.abort())
         self.topology, self.name = topology, ranks.name
         self.runner = runner = ModelRunner(folder, spec.model, spec.page_tokens, device, ranks)
         fitting = cost.plan_pools(runner.rank_layouts, role, _free_memory(device))
@@ -248,6 +253,7 @@ class RankWorker:
         ranks.limit(limits.collective)
         runner.warm_up(min(role.max_batch_tokens, max_context))
         self._copier = Copier(runner.pools, runner.replica_layout, self.rank)
+        self._stops.append(lambda _: self._copier.close())
         transport = make_transport(
             spec.transfer.backend, endpoint(self._name, self.rank), spec.transfer.options
         )
@@ -261,6 +267,7 @@ class RankWorker:
             page_bytes=[layout.page_bytes for layout in runner.rank_layouts],
         )
         self._mover.start()
+        self._stops.append(self._mover.stop)
         transports = self._tell("transport", transport.describe())
         return RankStart(num_pages, max_context, tuple(transports))
 
@@ -334,11 +341,10 @@ class RankWorker:
 
     def stop(self, timeout_s: float) -> None:
         """Blocks."""
-        self.runner.ranks.abort()
-        self._copier.close()
         for executor in (self.compute, self._digester):
             executor.shutdown(wait=False, cancel_futures=True)
-        self._mover.stop(timeout_s)
+        for stop in self._stops:
+            stop(timeout_s)
 
     # ---------------------------------------------------------------------------------- the threads
 

@@ -22,11 +22,14 @@ class RankNode(Node):
     def __init__(self, config: NodeConfig) -> None:
         super().__init__(config)
         self._leader = config.replica
+        self._is_stopping = False
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
         role, number = replica_role(self.config.role), self.config.rank
-        self._worker = worker = RankWorker(self._leader, self.spec, role, number, self._on_event)
+        self._worker = worker = RankWorker(
+            self._leader, self.spec, role, number, self.config.rank_host, self._on_event
+        )
         folder = await loop.run_in_executor(worker.compute, self.model_folder)
         await loop.run_in_executor(worker.compute, worker.start, folder, self.meeting)
         facts = {"rank": worker.name, "pid": str(os.getpid()), "host": socket.gethostname()}
@@ -37,10 +40,13 @@ class RankNode(Node):
         self.call(self._report, event)
 
     def _report(self, event: RankEvent) -> None:
+        if self._is_stopping:
+            return
         if isinstance(event, RankFailed):
             log.error("%s fails: %s", self.name, event.error)
             self.failure = event.error
-        self.send(self._leader, RankReport(rank.encode(event)))
+        if not self.send(self._leader, RankReport(rank.encode(event))):
+            self.failure = self.failure or "its leader does not take its reports"
 
     def received(self, sender: str, message: AnyMessage) -> None:
         if not isinstance(message, RankOrder):
@@ -59,4 +65,5 @@ class RankNode(Node):
         self.failure = f"its leader is gone: {reason}"
 
     async def shut_down(self) -> None:
+        self._is_stopping = True
         await asyncio.to_thread(self._worker.stop, self.spec.timeouts.stop)

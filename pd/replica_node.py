@@ -37,8 +37,9 @@ from pd.events import (
     Written,
 )
 from pd.leader import Leader
-from pd.messages import AnyMessage, Heartbeat, RankOrder, RankReport
+from pd.messages import AnyMessage, Heartbeat, PagesWanted, RankOrder, RankReport
 from pd.node import Member, Node, NodeConfig
+from pd.page_feed import PageFeed
 from pd.rank import (
     Connect,
     Disconnect,
@@ -79,11 +80,15 @@ class ReplicaNode(Node):
         self._is_stopping = False
         self._expects_writes = False
         self._events: KvEvents | None = None
+        self._feed: PageFeed | None = None
+        """Of the index's pages, for API processes whose routers go by them."""
 
     async def prepare(self) -> Member:
         loop = asyncio.get_running_loop()
         role = replica_role(self.config.role)
-        self._worker = RankWorker(self.name, self.spec, role, 0, self._on_event)
+        self._worker = RankWorker(
+            self.name, self.spec, role, 0, self.config.rank_host, self._on_event
+        )
         member = await loop.run_in_executor(self._worker.compute, self._load)
         if self.spec.cache.events.publish:
             member.facts.update(self._publish_events())
@@ -93,7 +98,7 @@ class ReplicaNode(Node):
         """Where this replica's ranks find each other: (host, port)."""
         from pd.engine.ranks import make_store
 
-        host = "127.0.0.1" if self.config.socket_folder else self.config.host
+        host = self.config.rank_host
         self._store = make_store(host, self.spec.timeouts.start)
         self.meeting = host, self._store.port
         return self.meeting
@@ -105,7 +110,7 @@ class ReplicaNode(Node):
         number = process_number(self.spec, self.name)
         content_of = self._known_tokens.content_of
         events = self.spec.cache.events
-        self._events = KvEvents(events, number, self.leader.index, "device", content_of)
+        self._events = KvEvents(events, number, self.spec.page_tokens, "device", content_of)
         return self._events.facts
 
     def _load(self) -> Member:
@@ -122,14 +127,16 @@ class ReplicaNode(Node):
         start = self._worker.start(folder, self.meeting)
         runner, topology = self._worker.runner, self._worker.topology
         self._team = Team(topology.num_ranks, self._order)
-        cache, feed = spec.cache, bool(spec.cache.events.publish)
+        cache, publishes = spec.cache, bool(spec.cache.events.publish)
+        if cache.device and spec.router.needs_pages:
+            self._feed = PageFeed()
         index = PageIndex(
             runner.groups,
             [count * topology.cp for count in start.num_pages],
             spec.page_tokens,
             reuse=cache.device,
             order=cache.eviction,
-            feed=feed,
+            feed=publishes or self._feed is not None,
             cp=topology.cp,
         )
         self.leader = Leader(
@@ -144,7 +151,8 @@ class ReplicaNode(Node):
             spec.transfer.verify,
             cache,
             max_in_flight=topology.pp,
-            **({"on_stored": self._stored} if feed else {}),
+            max_context=start.max_context,
+            **({"on_stored": self._stored} if publishes else {}),
         )
         compat = {
             "model weights": weights_digest(folder, spec.model),
@@ -192,15 +200,26 @@ class ReplicaNode(Node):
         try:
             for effect in self.leader.handle(event, time.monotonic()):
                 self._carry_out(effect)
-            if self._events is not None:
-                self._events.publish(time.time())
-                self._known_tokens.forget()
+            self._tell_pages()
             if self.leader.expects_writes != self._expects_writes:
                 self._expects_writes = self.leader.expects_writes
                 self._team.carry_out(Expect(self._expects_writes))
         except Exception as error:  # a leader in doubt ends with its process
             log.exception("%s fails", self.name)
             self.failure = f"{type(error).__name__}: {error}"
+
+    def _tell_pages(self) -> None:
+        """To subscribers of KV events and to API processes."""
+        if self._events is None and self._feed is None:
+            return
+        changes = self.leader.index.take_changes()
+        if self._events is not None:
+            self._events.publish(changes, time.time())
+            self._known_tokens.forget()
+        if self._feed is not None:
+            self._feed.note(changes)
+            for api, message in self._feed.take_messages(time.monotonic()):
+                self.send(api, message)
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -251,7 +270,7 @@ class ReplicaNode(Node):
     def _fail(self, number: int, error: str) -> None:
         """What failed leaves pages in doubt: the replica ends, and its requests with it."""
         if not self.failure and not self._is_stopping:
-            where = f"rank {number}: " if self._worker.topology.num_ranks > 1 else ""
+            where = f"rank {number}: " if number else ""
             log.error("%s fails: %s%s", self.name, where, error)
             self.failure = where + error
 
@@ -262,6 +281,9 @@ class ReplicaNode(Node):
             self.dropped_messages += 1
         elif isinstance(message, RankReport):
             self._rank_reports(sender, message)
+        elif isinstance(message, PagesWanted):
+            if self._feed is not None:
+                self._feed.wanted(sender, message.serial)
         else:
             self.handle(Received(sender, message))
 
@@ -315,6 +337,8 @@ class ReplicaNode(Node):
             self.handle(PeerDown(member.name, reason))
             return
         down = PeerDown(member.name, reason)
+        if member.role is None and self._feed is not None:
+            self._feed.leave(member.name)
         if member.role is None:
             self._tell(down)
         else:
@@ -346,7 +370,11 @@ class ReplicaNode(Node):
     def heartbeat(self) -> Heartbeat:
         load = self.leader.load()
         dropped = load.dropped_messages + self.dropped_messages
-        return Heartbeat(msgspec.structs.replace(load, dropped_messages=dropped))
+        events = self._events.counters if self._events is not None else {}
+        told = self._feed.sequence if self._feed is not None else 0
+        return Heartbeat(
+            msgspec.structs.replace(load, dropped_messages=dropped, pages_told=told, **events)
+        )
 
     def check(self) -> dict[str, object]:
         if not self.leader.scheduler.has_step_in_flight:

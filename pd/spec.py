@@ -333,10 +333,18 @@ class CacheSpec(SpecModel):
 
 
 class RouterSpec(SpecModel):
+    policy: Literal["cost", "prefix", "least_loaded", "round_robin"] = "cost"
+    """By which replicas are chosen: the least expected time, the longest prefix that is cached
+    there, the fewest requests, or in turn."""
     local_prefill_tokens: int = Field(default=64, ge=0)
     """A prompt with at most so many uncached tokens is prefilled on the decode replica itself."""
     max_queue: int = Field(default=512, ge=1)
     """Requests admitted and not finished, per API process; more are answered 429."""
+
+    @property
+    def needs_pages(self) -> bool:
+        """Whether the policy asks what is cached where."""
+        return self.policy in ("cost", "prefix")
 
 
 class ApiSpec(SpecModel):

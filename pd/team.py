@@ -1,12 +1,13 @@
 """The ranks of a replica as its leader's process sees them: an effect goes to the ranks that have a
 part in it, and their answers come back as one event, when the slowest has answered (rule 4).
 
-Pure. Orders to a rank are carried out in order; so steps are told apart by counting.
+Pure. Orders to a rank are carried out in order; so those of one name are told apart by counting.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,9 @@ class Team:
         """`order` tells a rank."""
         self._num_ranks = num_ranks
         self._order = order
-        self._num_done = [0] * num_ranks
-        """Steps, by rank."""
-        self._open: dict[tuple[str, Any], list[RankEvent]] = {}
+        self._num_answers: Counter[tuple[int, str, Any]] = Counter()
+        """By rank, of what may be ordered again under the same name before all have answered."""
+        self._open: dict[tuple[str, Any, int], list[RankEvent]] = {}
         """Answers so far."""
         self._writers: dict[int, int] = {}
         """By write, its rank."""
@@ -87,22 +88,23 @@ class Team:
         del self._open[key]
         return _merge(answers)
 
-    def _key(self, rank: int, event: RankEvent) -> tuple[str, Any] | None:
+    def _key(self, rank: int, event: RankEvent) -> tuple[str, Any, int] | None:
         """What is answered; None: nothing that others answer too."""
         match event:
-            case StepDone():
-                self._num_done[rank] += 1
-                return "step", self._num_done[rank]
             case Digested(digest_id, _):
-                return "digest", digest_id
+                return "digest", digest_id, 0
             case PagesCopied(copy_id, _, _, _):
-                return "copy", copy_id
+                return "copy", copy_id, 0
+            case StepDone():
+                what: tuple[str, Any] = "step", None
             case Flushed(peer):
-                return "flush", peer
+                what = "flush", peer
             case HostOpened(keeper, _):
-                return "host", keeper
+                what = "host", keeper
             case _:
                 return None
+        self._num_answers[rank, *what] += 1
+        return *what, self._num_answers[rank, *what]
 
 
 def _merge(answers: list[Any]) -> RankEvent:

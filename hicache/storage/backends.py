@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from hicache.storage.storage import Storage, StorageConfigurationError
+from hicache.storage.storage import Storage, StorageConfigurationError, StorageError
 
 ENTRY_POINTS = "pagerelay.storages"
 
@@ -49,7 +49,15 @@ def make_storage(backend: str, name: str, options: Mapping[str, str] | None = No
     Raises StorageConfigurationError when the backend is unknown, not installed, or refuses its
     options.
     """
-    return _factory(backend)(name, dict(options or {}))
+    factory = _factory(backend)
+    try:
+        return factory(name, dict(options or {}))
+    except StorageError:
+        raise
+    except Exception as error:  # options may be anything, and a factory another's code
+        raise StorageConfigurationError(
+            f"storage {backend!r} cannot be made: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _factory(backend: str) -> Callable[[str, dict[str, str]], Storage]:

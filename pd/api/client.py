@@ -34,6 +34,9 @@ from pd.messages import (
     Heartbeat,
     Output,
     Outputs,
+    PagesChanged,
+    PagesHeld,
+    PagesWanted,
     RequestStats,
     SamplingParams,
     pack_ints,
@@ -42,6 +45,8 @@ from pd.messages import (
 from pd.router import NoReplica, Placement, ReplicaState, Router
 from pd.spec import Role
 
+_MAX_REPLAYS = 3
+"""A request that has seen more replicas die may be the cause."""
 LEADER_HEAD_START = 0.05
 """The client's deadline is this fraction later than the leader's, whose error says more."""
 
@@ -83,10 +88,10 @@ class OutputStream:
         """Why it has to go on elsewhere, until it does."""
         self.takeover: asyncio.TimerHandle | None = None
         """Ends it while it is lost."""
+        self.num_replays = 0
         self.delivered: list[int] = []
-        """Tokens that came, also those that were not read yet."""
-        self.num_before = 0
-        """Of them, those that came from replicas that were lost."""
+        """Tokens that came, also those that were not read yet; the first `generate.num_delivered`
+        of them from replicas that were lost."""
         self.siblings: list[OutputStream] = []
         """Not submitted before this stream's first token has come."""
         self.timer: asyncio.TimerHandle | None = None
@@ -172,8 +177,6 @@ class EngineClient:
         self._page_tokens = page_tokens
         self._fingerprint: str | None = None
         self._streams: dict[str, OutputStream] = {}
-        self._lost: list[OutputStream] = []
-        """They wait for a replica that goes on with them."""
         self.router = router
         self.caches = Caches(send)
         self.keepers = self.caches.keepers
@@ -187,7 +190,7 @@ class EngineClient:
 
     def on_peer_up(self, name: str, role: Role) -> None:
         """`name` may be given requests; after a restart, report it down first."""
-        self.router.update(name, role, None)
+        self._ask(name, self.router.update(name, role, None, asyncio.get_running_loop().time()))
         self._go_on()
 
     def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
@@ -201,25 +204,27 @@ class EngineClient:
                 stream.lost = f"decode replica {name} was lost: {reason}"
                 loop = asyncio.get_running_loop()
                 stream.takeover = loop.call_later(self._takeover_s, self._give_up, stream)
-                self._lost.append(stream)
         self._go_on()
 
     def _go_on(self) -> None:
         """Place requests whose replica was lost, as far as can be."""
-        while self._lost:
-            stream = self._lost[0]
+        for stream in [each for each in self._streams.values() if each.lost]:
             try:
-                if not stream.is_ended:
-                    self._replay(stream)
+                self._replay(stream)
             except NoReplica:
                 return
-            del self._lost[0]
 
     def _replay(self, stream: OutputStream) -> None:
         """Send the rest of a request: what was delivered becomes part of the prompt, so that not a
         token comes twice. Raises NoReplica."""
-        generate, new = stream.generate, stream.delivered[stream.num_before :]
-        placement = self.router.place(len(generate.prompt) // 4 + len(new))
+        if stream.num_replays == _MAX_REPLAYS:
+            text = f"{stream.lost}, as were {stream.num_replays} before it"
+            self.end(stream, "error", text, Failure.REPLICA_LOST)
+            return
+        generate, new = stream.generate, stream.delivered[stream.generate.num_delivered :]
+        # Of the pages that were delivered, hardly any can be cached elsewhere.
+        num_tokens = len(generate.prompt) // 4 + len(new)
+        placement = self.router.place(num_tokens, generate.page_hashes)
         if new:
             prompt = np.concatenate((unpack_ints(generate.prompt), np.array(new, np.int32)))
             hashes = page_hashes(prompt, self._page_tokens, generate.root)
@@ -231,8 +236,8 @@ class EngineClient:
                 sampling=msgspec.structs.replace(generate.sampling, max_tokens=left),
                 num_delivered=stream.num_tokens,
             )
-            stream.num_before = stream.num_tokens
         stream.lost = ""
+        stream.num_replays += 1
         if stream.takeover is not None:
             stream.takeover.cancel()
         self.counters.replays += 1
@@ -250,9 +255,17 @@ class EngineClient:
             case Heartbeat():
                 role = self.router.role_of(sender)
                 if role is not None:
-                    self.router.update(sender, role, message.load)
+                    now = asyncio.get_running_loop().time()
+                    self._ask(sender, self.router.update(sender, role, message.load, now))
+            case PagesHeld() | PagesChanged():
+                now = asyncio.get_running_loop().time()
+                self._ask(sender, self.router.receive_pages(sender, message, now))
             case _:
                 self.counters.unexpected_messages += 1
+
+    def _ask(self, replica: str, wanted: PagesWanted | None) -> None:
+        if wanted is not None:
+            self._send(replica, wanted)
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -292,7 +305,8 @@ class EngineClient:
         self.router.admit(len(prompts) * n)
         placements: list[Placement] = []
         try:
-            placements.extend(self.router.place(len(prompt)) for prompt, _ in prompts)
+            for (prompt, _), of_prompt in zip(prompts, hashes, strict=True):
+                placements.append(self.router.place(len(prompt), of_prompt))
         except NoReplica:
             for _ in range(len(prompts) * n):
                 self.router.release()
@@ -344,8 +358,10 @@ class EngineClient:
             if sibling.is_ended:
                 continue
             try:
-                num_tokens = len(sibling.generate.prompt) // 4
-                self._start(sibling, self.router.place(num_tokens, beside=stream.placement))
+                generate, beside = sibling.generate, stream.placement
+                num_tokens = len(generate.prompt) // 4
+                placement = self.router.place(num_tokens, generate.page_hashes, beside)
+                self._start(sibling, placement)
             except NoReplica as error:
                 self.end(sibling, "error", str(error), Failure.REPLICA_LOST)
 
@@ -354,7 +370,7 @@ class EngineClient:
         if stream is None or stream.placement is None or stream.placement.decode != sender:
             self.counters.late_outputs += 1
             return
-        position = stream.num_before + output.position
+        position = stream.generate.num_delivered + output.position
         if output.token_ids and position != stream.num_tokens:
             text = f"tokens {stream.num_tokens} to {position - 1} from {sender} were lost"
             self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
@@ -362,7 +378,7 @@ class EngineClient:
         stream.delivered += output.token_ids
         if output.stats is not None:
             stream.stats = output.stats
-        most = stream.num_before + stream.generate.sampling.max_tokens
+        most = stream.generate.num_delivered + stream.generate.sampling.max_tokens
         if stream.num_tokens > most:
             text = f"replica {sender} sent {stream.num_tokens} tokens of at most {most}"
             self.end(stream, "error", text, Failure.ENGINE, tell_leader=True)
@@ -397,7 +413,7 @@ class EngineClient:
         else:
             stage = (
                 f"decoding on {stream.placement.decode}, {stream.num_tokens} of at most "
-                f"{stream.num_before + stream.generate.sampling.max_tokens} tokens done"
+                f"{stream.generate.num_delivered + stream.generate.sampling.max_tokens} tokens done"
             )
         text = f"the request's time is up while {stage}"
         self.end(stream, "error", text, Failure.TIMEOUT, tell_leader=True)

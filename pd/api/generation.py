@@ -187,8 +187,8 @@ class Generation:
         num_cached = sum(sum(tokens.values()) for tokens in tiers)
         details = {
             "cached_tokens": min(num_cached, num_prompt),
-            "host_tokens": sum(tokens["host"] for tokens in tiers),
-            "storage_tokens": sum(tokens["storage"] for tokens in tiers),
+            "host_tokens": min(sum(tokens["host"] for tokens in tiers), num_prompt),
+            "storage_tokens": min(sum(tokens["storage"] for tokens in tiers), num_prompt),
         }
         return {
             "prompt_tokens": num_prompt,

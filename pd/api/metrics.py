@@ -137,7 +137,10 @@ class ApiMetrics:
 
 _GAUGES: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "waiting_requests": ("Requests waiting for a place or for pages.", lambda load: load.waiting),
-    "waiting_tokens": ("Prompt tokens not prefilled yet.", lambda load: load.waiting_tokens),
+    "waiting_tokens": (
+        "Prompt tokens neither prefilled nor cached yet.",
+        lambda load: load.waiting_tokens,
+    ),
     "running_requests": ("Requests in the running batch.", lambda load: load.running),
     "handovers_in": ("Handovers being received.", lambda load: load.handovers_in),
     "handovers_out": ("Handovers being sent.", lambda load: load.handovers_out),
@@ -174,6 +177,14 @@ _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
     "to_host_skipped_pages": (
         "Pages not offered to the host tier, as too many were waiting to be copied.",
         lambda load: load.host_pages_not_offered,
+    ),
+    "event_overruns": (
+        "Times that a subscriber of KV events fell behind and missed some.",
+        lambda load: load.event_overruns,
+    ),
+    "events_asked_too_late": (
+        "Batches of KV events asked for again when they were kept no longer.",
+        lambda load: load.events_asked_too_late,
     ),
     "preemptions": ("Requests put back because pages ran out.", lambda load: load.preemptions),
     "kv_transfer_bytes": ("KV bytes moved.", lambda load: load.kv_bytes),
@@ -277,6 +288,14 @@ _KEEPER_COUNTERS = {
     "evicted_pages": (
         "host_evicted_pages",
         "Host pages that made room, over all layer groups.",
+    ),
+    "event_overruns": (
+        "host_event_overruns",
+        "Times that a subscriber of the host tier's KV events fell behind and missed some.",
+    ),
+    "events_asked_too_late": (
+        "host_events_asked_too_late",
+        "Batches of these events asked for again when they were kept no longer.",
     ),
     "storage_pages_written": ("storage_written_pages", "Pages written to storage."),
     "storage_bytes_written": ("storage_written_bytes", "Bytes written to storage."),

@@ -15,21 +15,24 @@ from pd.spec import replica_role
 if TYPE_CHECKING:
     import uvicorn
 
+    from pd.api.protocol import ModelInfo
+
 
 class ApiNode(Node):
     """An HTTP server in front of the replicas; it answers from the first membership list on."""
 
     async def prepare(self) -> Member:
         from pd.api.client import EngineClient
-        from pd.router import Router
+        from pd.router import make_router
 
         self._client = EngineClient(
             self.send,
-            Router(self.spec.router.max_queue),
+            make_router(self.spec, self.name),
             self.spec.page_tokens,
             self.spec.timeouts.takeover,
         )
         self._server: uvicorn.Server | None = None
+        self._info: ModelInfo | None = None
         self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
         self._listener = self._listen()
         host, port = self._listener.getsockname()[:2]
@@ -59,10 +62,12 @@ class ApiNode(Node):
     def set_members(self, members: list[Member], reason: str = "") -> None:
         super().set_members(members, reason)
         replicas = [member for member in members if member.is_replica]
-        if self._server is None and replicas:
-            self._serve(replicas)
+        if self._info is None and replicas:
+            self._info = self._serve(replicas)
+        elif self._info is not None and replicas:
+            self._info.max_context = min(member.max_context for member in replicas)
 
-    def _serve(self, replicas: list[Member]) -> None:
+    def _serve(self, replicas: list[Member]) -> ModelInfo:
         import uvicorn
 
         from pd.api.protocol import ModelInfo
@@ -86,6 +91,7 @@ class ApiNode(Node):
         self._server = uvicorn.Server(config)
         # Not `serve`, which would take the process's signal handlers.
         self.spawn(self._server._serve([self._listener]))
+        return info
 
     def received(self, sender: str, message: AnyMessage) -> None:
         self._client.on_message(sender, message)

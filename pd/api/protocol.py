@@ -35,14 +35,14 @@ _COLDEST = 1e-4
 """A temperature below is greedy, which it would be anyway but for overflows."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelInfo:
     """What requests are checked against."""
 
     name: str
     vocab_size: int
     max_context: int
-    """Prompt and output tokens of one request."""
+    """Prompt and output tokens of one request; changes with the replicas."""
     eos_token_ids: tuple[int, ...] = ()
 
 

@@ -150,7 +150,7 @@ def run_cache_bench(
             report.entry_bytes[page_tokens] = measure_entry_bytes(tokens, page_tokens)
     except KeyboardInterrupt:
         report.interrupted = True
-    report.conditions["load average after"] = _load_average()
+    report.conditions["load average after"] = load_average()
     return report
 
 
@@ -268,16 +268,16 @@ def _conditions(options: CacheOptions) -> dict[str, Any]:
         "turn": ", ".join(STEPS),
         "hashes": "each page once; the caller keeps the chain",
         "seed": options.seed,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "load average": _load_average(),
+        "load average": load_average(),
         "python": platform.python_version(),
         "pagerelay": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if "model name" in line]
@@ -286,7 +286,7 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _load_average() -> str:
+def load_average() -> str:
     return " ".join(f"{load:.2f}" for load in os.getloadavg())
 
 

@@ -44,7 +44,9 @@ _WATCH_S = 0.5
 _POLL_S = 0.1
 _PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0
 """Before a unit is started again: none at first, then doubling while it fails..."""
-_STABLE_S = 60.0
+_MOST_FAILURES = 10
+"""That are counted."""
+_STABLE_S = 20.0
 """... until it has run so long."""
 _CAUSE_S = 2.0
 """So long a rank's death may come after the errors that it makes in other ranks."""
@@ -383,7 +385,11 @@ class Controller:
         self._check()
         running = [unit for unit in self._units if unit.phase is _Phase.RUNNING]
         references = [process.ended for unit in running for process in unit.processes]
-        ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
+        ended: list[Any] = []
+        if references:
+            ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
+        else:
+            time.sleep(_WATCH_S)
         for unit in running:
             for process in unit.processes:
                 reason = _DIED if process.ended in ended else self._health(process)
@@ -441,7 +447,8 @@ class Controller:
         return str(report["failure"])
 
     def _remove(self, unit: _Unit, process: _Process, reason: str) -> None:
-        if where := process.where():
+        where = process.where()
+        if where and not reason.startswith("rank "):
             reason = f"{where}: {reason}"
         self._progress(f"{unit.name}: gone: {reason}")
         if time.monotonic() - unit.since > _STABLE_S:
@@ -465,7 +472,7 @@ class Controller:
         unit.group, unit.processes = None, []
         unit.phase, unit.since = _Phase.ABSENT, time.monotonic()
         unit.retry_at = unit.since + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
-        unit.failures += 1
+        unit.failures = min(unit.failures + 1, _MOST_FAILURES)
         return True
 
     def _is_dead(self, process_id: ProcessId) -> bool:

@@ -102,15 +102,10 @@ class Copier:
     def _open(self, description: bytes) -> None:
         host = HostPools.open(description, [share.host_bytes for share in self._shares])
         if self._streams:
-            for pool in host.pools:
-                region = pool.region
-                size = region.num_pages * region.page_bytes
-                status = torch.cuda.cudart().cudaHostRegister(region.address, size, 0)  # type: ignore[no-untyped-call]
-                if int(status):
-                    raise PeerError(f"cudaHostRegister of {size} bytes: error {int(status)}")
+            _pin(host)
         before, self._host = self._host, host
         if before is not None and self._streams:
-            self._to_host.submit(_unpin, before)  # after the copies that use it
+            self._to_host.submit(_unpin, before.pools)  # after the copies that use it
 
     def _copy(self, copy: CopyPages, host: HostPools | None) -> PagesCopied:
         begin = time.perf_counter()
@@ -140,8 +135,19 @@ class Copier:
         return PagesCopied(copy.copy_id, error, moved, time.perf_counter() - begin)
 
 
-def _unpin(host: HostPools) -> None:
-    for pool in host.pools:
+def _pin(host: HostPools) -> None:
+    """All pools or, with PeerError, none."""
+    for number, pool in enumerate(host.pools):
+        region = pool.region
+        size = region.num_pages * region.page_bytes
+        status = torch.cuda.cudart().cudaHostRegister(region.address, size, 0)  # type: ignore[no-untyped-call]
+        if int(status):
+            _unpin(host.pools[:number])
+            raise PeerError(f"cudaHostRegister of {size} bytes: error {int(status)}")
+
+
+def _unpin(pools: Sequence[HostPool]) -> None:
+    for pool in pools:
         torch.cuda.cudart().cudaHostUnregister(pool.region.address)  # type: ignore[no-untyped-call]
 
 

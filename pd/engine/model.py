@@ -58,7 +58,7 @@ class ModelRunner:
         self.compute_dtype = compute_dtype(spec, device)
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config(decoder=True)
-        self.groups = layer_groups(config)
+        self.groups = layer_groups(text_config)
         self.layouts = [
             PageLayout(group, page_tokens, self.dtype.itemsize) for group in self.groups
         ]
@@ -154,7 +154,8 @@ class ModelRunner:
         else:
             shape = (1, len(plan.own), self._hidden_size)
             hidden = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
-            inputs["inputs_embeds"] = ranks.pp.receive(hidden, ranks.coord.pp - 1)
+            hidden = ranks.pp.receive(hidden, ranks.coord.pp - 1)
+            inputs["inputs_embeds"] = self.model.get_decoder().layers[0].hidden = hidden
         result = StepResult([], [], 0.0)
         with attention.use_plan(plan):
             if not ranks.is_last_stage:

@@ -66,6 +66,8 @@ class Group:
         self._backend = backend
         self._staged = staged
         """Tensors go through host memory."""
+        self._timeout = datetime.timedelta(minutes=30)
+        """Of sends and receives, for which the backend keeps the one that it was made with."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks; may be done in place."""
@@ -98,18 +100,19 @@ class Group:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         with self._named(f"send to {to}"):
-            self._backend.send([self._stage(tensor)], to, 0).wait()
+            self._backend.send([self._stage(tensor)], to, 0).wait(self._timeout)
 
     def receive(self, tensor: torch.Tensor, sender: int) -> torch.Tensor:
         """Into `tensor` or one like it."""
         there = self._stage(tensor)
         with self._named(f"receive from {sender}"):
-            self._backend.recv([there], sender, 0).wait()
+            self._backend.recv([there], sender, 0).wait(self._timeout)
         return there.to(tensor.device)
 
     def limit(self, timeout_s: float) -> None:
+        self._timeout = datetime.timedelta(seconds=timeout_s)
         if self._backend is not None:
-            self._backend.set_timeout(datetime.timedelta(seconds=timeout_s))
+            self._backend.set_timeout(self._timeout)
 
     def abort(self) -> None:
         """End what waits here, on whatever thread it does."""

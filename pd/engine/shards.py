@@ -24,17 +24,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from pd.cost import RankParts, UnsupportedModelError
 from pd.engine.ranks import Ranks
 from transfer.topology import RankCoord, Topology
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_SHARED = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
+_MULTIMODAL = re.compile(
+    r"^(?:model\.)?language_model\.(?:model\.)?(?=(?:layers|embed_tokens|norm)\.)"
+)
+"""Before the names of the text model in a model of several kinds of input."""
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+"""Fields of a config that tp must divide."""
 _CUT = (
     *("q_proj", "q_b_proj", "kv_b_proj", "k_proj", "v_proj", "o_proj", "sinks"),
     *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "gate_up_proj_bias"),
+    *("w1", "w2", "w3"),
     *("embed_tokens", "lm_head"),
 )
 """Names of tensors, or of their modules, that are cut."""
@@ -45,6 +51,8 @@ _ADDED = ("o_proj.bias", "down_proj.bias", "down_proj_bias")
 def check_topology(config: Any, topology: Topology) -> None:
     """Raises UnsupportedModelError if the model cannot be split so."""
     tp, name = topology.tp, getattr(config, "model_type", "this model")
+    if topology.num_ranks > 1 and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"{name}: several ranks, expected one for this kind of model")
     if topology.pp > config.num_hidden_layers:
         raise UnsupportedModelError(
             f"{name}: pp is {topology.pp}, expected at most its {config.num_hidden_layers} layers"
@@ -53,7 +61,7 @@ def check_topology(config: Any, topology: Topology) -> None:
         return
     if getattr(config, "is_heterogeneous", False):
         raise UnsupportedModelError(f"{name}: tp is {tp}; its layers differ, so expected tp 1")
-    for field in ("num_attention_heads", *_SHARED):
+    for field in ("num_attention_heads", *_WIDTHS):
         size = getattr(config, field, None)
         if size and size % tp:
             raise UnsupportedModelError(
@@ -126,7 +134,7 @@ def local_config(config: Any, ranks: Ranks) -> Any:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         config.num_attention_heads = heads // tp
         config.num_key_value_heads = len(ranks.topology.heads(kv_heads, ranks.coord.tp))
-        for field in _SHARED:
+        for field in _WIDTHS:
             if getattr(config, field, None):
                 setattr(config, field, getattr(config, field) // tp)
         config.vocab_size = -(-config.vocab_size // tp)
@@ -178,8 +186,6 @@ def load_part(
 
 
 def _class_of(config: Any) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
@@ -194,6 +200,16 @@ class _Elsewhere(nn.Module):
         return hidden_states
 
 
+class _Arrived(_Elsewhere):
+    """In place of the first layer, where another stage has it: what comes out is what that stage's
+    neighbour has sent, whatever the model does to its inputs before the layers."""
+
+    hidden: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self.hidden
+
+
 def _part_class(full: Any, layers: range, ranks: Ranks) -> Any:
     class Part(full):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -201,7 +217,7 @@ def _part_class(full: Any, layers: range, ranks: Ranks) -> Any:
             decoder = self.get_decoder()
             for number, layer in enumerate(decoder.layers):
                 if number not in layers:
-                    decoder.layers[number] = _Elsewhere(layer)
+                    decoder.layers[number] = (_Elsewhere if number else _Arrived)(layer)
             is_tied = ranks.is_last_stage and config.tie_word_embeddings
             if not (ranks.is_first_stage or is_tied):
                 decoder.embed_tokens = _Elsewhere(decoder.embed_tokens)
@@ -229,9 +245,10 @@ class _Whole:
 def _read(folder: Path, cut: _Cut) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for stored in file.keys():  # noqa: SIM118 (no mapping)
+                name = _MULTIMODAL.sub("model.", stored).removeprefix("language_model.")
                 if cut.wants(name):
-                    yield name, cut(name, file.get_slice(name))
+                    yield name, cut(name, file.get_slice(stored))
 
 
 class _Cut:
@@ -245,12 +262,6 @@ class _Cut:
         self._tp, self._rank = ranks.topology.tp, ranks.coord.tp
         self._topology = ranks.topology
         self._layers = layers
-        plan = getattr(config, "base_model_tp_plan", None) or {}
-        self._packed = any(
-            name.endswith("gate_up_proj") and style == "packed_colwise"
-            for name, style in plan.items()
-        )
-        """gate_up_proj has all gates before all ups; else they alternate."""
 
     def wants(self, name: str) -> bool:
         """A name of a layer, or one that the part knows."""
@@ -287,7 +298,7 @@ class _Cut:
             # One expert's tensor, which is yet to be packed with the others'.
             if not is_cut or "experts" not in name:
                 return None
-            return 1 if "down_proj" in name else 0
+            return 1 if {"down_proj", "w2"} & set(name.split(".")) else 0
         different = [d for d in range(len(shape)) if shape[d] != local[d]]
         if not different:
             return None
@@ -305,7 +316,8 @@ class _Cut:
             heads = self._topology.heads(kv_heads, self._rank)
             width = size // kv_heads
             return [range(heads.start * width, heads.stop * width)]
-        if name.endswith("gate_up_proj") and self._packed:
+        if "gate_up_proj" in name.split(".") and self._config.model_type != "gpt_oss":
+            # All gates, then all ups; in gpt-oss they alternate.
             half = size // 2
             own = self._even(half)
             return [own, range(half + own.start, half + own.stop)]

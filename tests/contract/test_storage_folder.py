@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from storage_world import NUM_PAGES, PAGE_BYTES, End, keys_of, make_end
+from storage_world import NUM_PAGES, PAGE_BYTES, End, fill_up, keys_of, make_end
+from storage_world import small_disk as mounted
 
 import hicache.storage.folder
 from hicache.storage.folder import ObjectFolder, object_name
@@ -163,17 +164,12 @@ def test_kill_9_of_writers_leaves_whole_objects_only(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k,mode=0700", "tmpfs", str(path)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small file system cannot be mounted here ({error})")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(mounted(tmp_path / "disk", "1300k"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a small file system cannot be mounted here ({error})")
         yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk_evicts_and_service_goes_on(small_disk: Path, make: Make) -> None:
@@ -190,10 +186,7 @@ def test_a_full_disk_evicts_and_service_goes_on(small_disk: Path, make: Make) ->
     assert found.count(HIT) >= 5
     # Others fill it up: nothing can be stored, what is there is found or missed, never wrong.
     filler = small_disk / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(4096))
-            file.flush()
+    fill_up(filler)
     # Removing an object here and there makes room for a few.
     outcomes = end.put(keys_of(*range(500, 520)), range(20))
     assert set(outcomes) <= {STORED, FULL}

@@ -1,16 +1,14 @@
 """What is Mooncake's own: a master or a store that dies, stops or is replaced."""
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from storage_world import NUM_PAGES, End, free_port, keys_of, make_end, start_master
+from storage_world import NUM_PAGES, End, free_port, keys_of, make_end, start_master, start_store
 
 from hicache.storage.backends import make_storage
 from hicache.storage.storage import Outcome, StorageConfigurationError, StorageResult
@@ -25,15 +23,6 @@ HIT, MISS, STORED, PRESENT = Outcome.HIT, Outcome.MISS, Outcome.STORED, Outcome.
 PAGE_BYTES = 1 << 18
 KEYS = keys_of(*range(NUM_PAGES))
 PAGES = list(range(NUM_PAGES))
-STORE = """
-import sys, time
-import mooncake.store
-store = mooncake.store.MooncakeDistributedStore()
-address = sys.argv[1]
-assert not store.setup("127.0.0.1", "P2PHANDSHAKE", 64 << 20, 1 << 20, "tcp", "", address)
-print("ready", flush=True)
-time.sleep(600)
-"""
 
 
 class World:
@@ -49,19 +38,7 @@ class World:
         return self._ended(start_master(self._folder / "master.log", self._port))
 
     def start_store(self) -> subprocess.Popen[bytes]:
-        with (self._folder / "store.log").open("ab") as log:
-            store = self._ended(
-                subprocess.Popen(
-                    [sys.executable, "-c", STORE, self.address],
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env={**os.environ, "MC_FORCE_TCP": "1"},
-                )
-            )
-        assert store.stdout is not None
-        self._stack.callback(store.stdout.close)
-        assert store.stdout.readline() == b"ready\n"
-        return store
+        return self._ended(start_store(self._folder / "store.log", self.address))
 
     def make_end(self, **options: str) -> End:
         end = make_end("mooncake", {"master": self.address, **options}, PAGE_BYTES)

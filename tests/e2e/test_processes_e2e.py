@@ -248,6 +248,22 @@ def test_a_killed_prefill_replica(pair: tuple[Cluster, Cluster], model: Referenc
     assert cluster.loads()["prefill-0"]["finished"] == 1
 
 
+def test_a_killed_api_server(pair: tuple[Cluster, Cluster], model: ReferenceModel) -> None:
+    """It is back at the same address; what it had in progress is given back everywhere."""
+    cluster = pair[0]
+    body = {"max_tokens": 3000, "ignore_eos": True, "prompt": [7] * 20}
+    with ThreadPoolExecutor(1) as pool:
+        cut = pool.submit(cluster.post, "/v1/completions", **body)
+        wait_until(lambda: cluster.loads()["decode-0"]["running"] == 1, "it decodes")
+        cluster.kill("api-0")
+        with pytest.raises(requests.ConnectionError):
+            cut.result(60)
+    cluster.wait_back("api-0")
+    wait_until(lambda: health(cluster) == (200, []), "it knows all replicas")
+    check_serves(cluster, model, 4)
+    cluster.wait_idle()
+
+
 def test_a_killed_decode_replica(pair: tuple[Cluster, Cluster], model: ReferenceModel) -> None:
     """Its requests go on where they were on the one that takes its place, also one whose prompt is
     being prefilled: the client gets every token once, the right one, drawn or greedy."""

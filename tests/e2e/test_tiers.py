@@ -85,7 +85,7 @@ def resident_bytes(index: PageIndex, pools: list[np.ndarray]) -> dict[tuple[int,
 def device_bytes(node: Any) -> dict[tuple[int, bytes], bytes]:
     pools = [
         pool.data.cpu().numpy().view(np.uint8).reshape(len(pool.data), -1)
-        for pool in node._runner.pools
+        for pool in node._worker.runner.pools
     ]
     return resident_bytes(node.leader.index, pools)
 

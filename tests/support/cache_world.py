@@ -16,11 +16,10 @@ from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
 from hicache.keeper import Keeper
 from hicache.messages import FromKeeper
-from hicache.storage.storage import Outcome
+from hicache.storage.storage import Outcome, StorageResult
 from hicache.storage_io import (
     CancelOp,
     Effect,
-    Ended,
     Exists,
     Get,
     PagesFreed,
@@ -117,7 +116,7 @@ class SimKeeper:
         self,
         rng: random.Random,
         after: Callable[[float, Callable[[], None]], None],
-        tell: Callable[[Ended | PagesFreed], None],
+        tell: Callable[[StorageResult | PagesFreed], None],
     ) -> None:
         """`after` calls after a random time, of that many seconds at most; `tell` is told of ends,
         and may be called when this incarnation is dead."""
@@ -147,7 +146,9 @@ class SimKeeper:
         if operation is not None and self._random.random() < 0.5:
             del self._running[op_id]
             outcomes = (Outcome.FAILED,) * len(operation.keys)
-            self._after(1.0, lambda: self._tell(Ended(op_id, outcomes, "cancelled", 0, 1.0)))
+            self._after(
+                1.0, lambda: self._tell(StorageResult(op_id, outcomes, "cancelled", 0, 1.0))
+            )
 
     def _spoil(self, effect: Put | Get | Exists) -> None:
         """Pages that are being read have any content."""
@@ -161,7 +162,7 @@ class SimKeeper:
             return
         in_use = not isinstance(effect, Exists)
         outcomes = (Outcome.FAILED,) * len(effect.keys)
-        self._tell(Ended(effect.op_id, outcomes, "timed out", 0, effect.timeout_s, in_use))
+        self._tell(StorageResult(effect.op_id, outcomes, "timed out", 0, effect.timeout_s, in_use))
         if in_use:
             self._after(effect.timeout_s, lambda: self._free(effect))
 
@@ -178,11 +179,11 @@ class SimKeeper:
         if self._random.random() < storage.faults.fail:
             failed = self._random.choice((Outcome.FAILED, Outcome.REFUSED))
             outcomes = (failed,) * len(effect.keys)
-            self._tell(Ended(effect.op_id, outcomes, "failed", 0, 1.0))
+            self._tell(StorageResult(effect.op_id, outcomes, "failed", 0, 1.0))
             return
         outcomes = tuple(self._do(storage, effect, n, key) for n, key in enumerate(effect.keys))
         moved = sum(outcome in (Outcome.STORED, Outcome.HIT) for outcome in outcomes)
-        self._tell(Ended(effect.op_id, outcomes, None, moved, 1.0))
+        self._tell(StorageResult(effect.op_id, outcomes, None, moved, 1.0))
 
     def _do(
         self, storage: SimStorage, effect: Put | Get | Exists, number: int, key: str

@@ -27,7 +27,8 @@ from rank_memory import ELEMENT_BYTES, Ranks, next_token, prefix_keys
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
-from hicache.storage_io import Ended, PagesFreed
+from hicache.storage.storage import StorageResult
+from hicache.storage_io import PagesFreed
 from pd.engine.batch import StepCommand, StepResult
 from pd.events import (
     BreakLink,
@@ -191,7 +192,7 @@ class Simulation:
                 self._know(replica, keeper)
 
     def _start(self, keeper: SimKeeper) -> None:
-        def ended(event: Ended | PagesFreed) -> None:
+        def ended(event: StorageResult | PagesFreed) -> None:
             assert keeper.tier is not None
             if keeper.alive:
                 keeper.tier.handle(event, self.now)

@@ -20,7 +20,7 @@ from pd.node import Member, Node, NodeConfig
 from pd.rank import endpoint
 from pd.rank_node import RankNode
 from pd.replica_node import ReplicaNode
-from pd.router import Router
+from pd.router import make_router
 from pd.spec import ClusterSpec, MemberRole, replica_role
 
 DEADLINE_S = 60
@@ -32,7 +32,8 @@ class ClientNode(Node):
     client: EngineClient
 
     async def prepare(self) -> Member:
-        self.client = EngineClient(self.send, Router(100), self.spec.page_tokens)
+        router = make_router(self.spec, self.name)
+        self.client = EngineClient(self.send, router, self.spec.page_tokens)
         self.client.set_fingerprint("test")
         return Member(self.name, None, self.incarnation, "")
 
@@ -64,14 +65,15 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 @asynccontextmanager
-async def cluster(spec: ClusterSpec, sockets: str) -> AsyncIterator[list[Node]]:
-    """[client, prefill-0, decode-0] and, where the spec has a host tier, cache-0."""
+async def cluster(
+    spec: ClusterSpec, sockets: str, replicas: tuple[str, ...] = ("prefill-0", "decode-0")
+) -> AsyncIterator[list[Node]]:
+    """[client, prefill-0, decode-0], or other replicas, and, where the spec has a host tier,
+    cache-0."""
     curve = None if sockets else zmq.curve_keypair()
-    roles: dict[str, MemberRole | None] = {
-        "api-0": None,
-        "prefill-0": "prefill",
-        "decode-0": "decode",
-    }
+    roles: dict[str, MemberRole | None] = {"api-0": None}
+    for name in replicas:
+        roles[name] = replica_role(name.partition("-")[0])
     if spec.cache.host is not None:
         roles["cache-0"] = "cache"
     nodes: list[Node] = []

@@ -15,9 +15,12 @@ from typing import Any
 
 import requests
 from real_cluster import Cluster, abandoned_shared_memory, descendants, wait_until
+from reference_model import ReferenceModel
 
 from pd.rank import endpoint
 
+NEAR_TIE = 1e-4
+"""Two logits so close may change places with the order of a sum in float32."""
 GONE_S = 15.0
 """From a rank's death until its replica has ended."""
 
@@ -41,45 +44,50 @@ def spec_for(name: str, folder: Path, replicas: int, topology: dict[str, int]) -
 
 
 @contextmanager
-def steady_load(cluster: Cluster, clients: int = 3) -> Iterator[None]:
-    """Requests one after the other; all are answered."""
+def steady_load(cluster: Cluster, model: ReferenceModel, clients: int = 3) -> Iterator[list[int]]:
+    """Requests one after the other; all are answered, with the right tokens. Gives a list that has
+    the length of each answer so far."""
     over = threading.Event()
     problems: list[str] = []
+    lengths: list[int] = []
+    answered: list[tuple[list[int], list[int]]] = []
 
     def ask(number: int) -> None:
         rng = random.Random(number)
         while not over.is_set():
             prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
             try:
-                response = cluster.post(
-                    "/v1/completions", prompt=prompt, max_tokens=40, ignore_eos=True
-                )
-            except requests.RequestException as error:
+                tokens = cluster.complete(prompt, rng.randrange(1, 60)).tokens
+            except (requests.RequestException, AssertionError) as error:
                 problems.append(str(error))
                 return
-            if not response.ok:
-                problems.append(response.text)
-            over.wait(0.01)
+            answered.append((prompt, tokens))
+            lengths.append(len(tokens))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield lengths
     finally:
         over.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(150)
     assert not problems, problems[0]
+    for prompt, tokens in answered:
+        gap = model.gap(prompt, tokens)
+        assert gap < NEAR_TIE, f"{len(prompt)} tokens, then {tokens}: {gap} below the best"
 
 
-def kill_ranks(cluster: Cluster, replicas: list[str], num_ranks: int, seed: int) -> list[float]:
+def kill_ranks(
+    cluster: Cluster, model: ReferenceModel, replicas: list[str], num_ranks: int, seed: int
+) -> list[float]:
     """One rank of each of these replicas, at random moments; the seconds until each replica was
     gone."""
     rng = random.Random(seed)
     before = abandoned_shared_memory()
     seconds = []
-    with steady_load(cluster):
+    with steady_load(cluster, model):
         for replica in replicas:
             rank = rng.randrange(num_ranks)
             pids = [cluster.pid_of(endpoint(replica, each)) for each in range(num_ranks)]

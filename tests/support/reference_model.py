@@ -39,6 +39,12 @@ class ReferenceModel:
         logits = self.logits([*prompt, *tokens], len(tokens) + 1)
         return logits[:-1].argmax(-1).tolist() == list(tokens)
 
+    def gap(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        """How far a token's logit is below the best one, at most; 0: they are greedy."""
+        logits = self.logits([*prompt, *tokens], len(tokens) + 1)[:-1]
+        chosen = logits.gather(1, torch.tensor([list(tokens)]).T)[:, 0]
+        return float((logits.amax(-1) - chosen).max())
+
     def logits(self, tokens: Sequence[int], last: int = 0) -> torch.Tensor:
         """(len(tokens), vocabulary): row i is what follows tokens[: i + 1]; `last`: so many rows
         from the end on only."""

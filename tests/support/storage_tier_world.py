@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
-from hicache.storage.storage import Outcome
+from hicache.storage.storage import Outcome, StorageResult
 from hicache.storage_io import (
     CancelOp,
     Effect,
-    Ended,
     Exists,
     Get,
     PagesFreed,
@@ -191,10 +190,14 @@ class World:
         self.memory[group][slot] = [page_hash] * len(self.memory[group][slot])
 
     def prefetch(
-        self, hashes: Sequence[bytes], tokens_per_s: float = 0.0, begin: int | None = None
+        self,
+        hashes: Sequence[bytes],
+        tokens_per_s: float = 0.0,
+        begin: int | None = None,
+        have: int = 0,
     ) -> Prefetch | None:
         begin = self.index.match(hashes) if begin is None else begin
-        prefetch = self.tier.prefetch(list(hashes), begin, self.now, tokens_per_s)
+        prefetch = self.tier.prefetch(list(hashes), begin, self.now, tokens_per_s, have)
         if prefetch is not None:
             self.prefetches.append(prefetch)
         return prefetch
@@ -293,7 +296,7 @@ class World:
         fate: Callable[[str], Outcome | None] = lambda key: None,
         pages_in_use: bool = False,
         seconds: float | None = None,
-    ) -> Ended:
+    ) -> StorageResult:
         """The storage ends an operation. `fate` overrules what becomes of a key."""
         pending = self.pending[op_id]
         effect = pending.effect
@@ -318,7 +321,7 @@ class World:
         else:
             del self.pending[op_id]
         seconds = self.now - pending.started if seconds is None else seconds
-        ended = Ended(op_id, tuple(outcomes), error, moved, seconds, pages_in_use)
+        ended = StorageResult(op_id, tuple(outcomes), error, moved, seconds, pages_in_use)
         self.tier.handle(ended, self.now)
         return ended
 

@@ -266,6 +266,7 @@ def test_every_figure_of_a_keeper_that_is_a_metric_exists() -> None:
     known = {field.name for field in dataclasses.fields(KeeperStats)}
     known |= {f"storage_{field.name}" for field in dataclasses.fields(StorageTierStats)}
     known |= {"evicted_pages", "open_exchanges", "storage_breaker_open"}
+    known |= {"event_overruns", "events_asked_too_late"}
     assert {*_KEEPER_GAUGES, *_KEEPER_COUNTERS} <= known
 
 

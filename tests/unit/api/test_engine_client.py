@@ -183,6 +183,24 @@ def test_lost_requests_wait_for_a_replica(engine_client: Make, leaders: Any) -> 
     run(body())
 
 
+def test_a_request_that_replicas_die_of_is_not_sent_for_ever(
+    engine_client: Make, leaders: Any
+) -> None:
+    async def body() -> None:
+        client = engine_client()
+        leaders.mode = "silent"
+        stream = client.submit(PROMPT, PARAMS)
+        for _ in range(4):
+            assert not stream.is_ended
+            client.on_peer_down("decode-0", "killed")
+            client.on_peer_up("decode-0", "decode")
+        assert "as were 3 before it" in last_error(await drain(stream))
+        assert len(leaders.generates()) == 4
+        client.check_integrity()
+
+    run(body())
+
+
 def test_nobody_takes_over(engine_client: Make, leaders: Any) -> None:
     async def body() -> None:
         client = engine_client(takeover_s=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import pytest
 import torch
 
 from hicache.host import HostPools
@@ -79,4 +80,31 @@ def test_what_cannot_be_is_refused() -> None:
     other = HostPools.allocate([7], [LAYOUT.page_bytes + 8])
     assert isinstance(copier.open(other.describe()).exception(10), PeerError)
     assert isinstance(copier.open(b"nonsense").exception(10), PeerError)
+    copier.close()
+
+
+def test_of_pools_that_cannot_all_be_pinned_none_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA, which pins one pool and no more."""
+    pinned: list[int] = []
+
+    class Cudart:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            if pinned:
+                return 2
+            pinned.append(address)
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            pinned.remove(address)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    other = PageLayout(LayerGroup("full", (2, 3), 2, 4), 4, 4)
+    copier = Copier([make_pool(), make_pool()], ReplicaLayout(Topology(), (LAYOUT, other)))
+    copier._streams = {True: None}  # type: ignore[dict-item]
+    host = HostPools.allocate([7, 7], [LAYOUT.page_bytes] * 2)
+    error = copier.open(host.describe()).exception(10)
+    assert isinstance(error, PeerError)
+    assert "error 2" in str(error)
+    assert pinned == []
     copier.close()

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reference_model import ReferenceModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pd.bench.tiny import FAMILIES, make_tiny_model
+from pd.bench.tiny import _MIXED, FAMILIES, make_tiny_model
 from pd.cost import UnsupportedModelError, load_config
 from pd.engine import attention
-from pd.engine.batch import StepCommand
+from pd.engine.batch import RowStart, StepCommand
 from pd.engine.model import ModelRunner
 from pd.engine.pool import PagePool
 from pd.engine.ranks import Group, RankError, Ranks, exchange, join_store, make_store
 from pd.engine.shards import _even_ends, balanced, check_topology, rank_parts
+from pd.messages import SamplingParams
+from pd.rank import merge_steps
 from pd.spec import ModelSpec
 from transfer.layout import LayerGroup, PageLayout
 from transfer.topology import Topology
@@ -89,6 +95,48 @@ def test_a_rank_holds_its_share_and_no_more(
             layers = len(runner.ranks.topology.stage_layers(4, runner.ranks.coord.pp))
             heads = max(1, runner.groups[0].kv_heads // topology.tp)
             assert kv_bytes == 9 * layers * heads * 2 * PAGE * 16 * 4
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "glm4": {},  # gates and ups in one tensor
+    "granite": {"embedding_multiplier": 3.0},  # it changes what comes before the layers
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # w1, w2, w3
+    "gemma2": {**_MIXED, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0},
+    "qwen2": {},  # biases
+}
+
+
+@pytest.mark.parametrize("topology", [Topology(tp=2), Topology(pp=2), Topology(cp=2)], ids=str)
+@pytest.mark.parametrize("family", OTHERS)
+def test_logits_of_families_that_need_care(
+    family: str, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, OTHERS[family])
+    folder = make_tiny_model(tmp_path / family, family)
+    runners = load_ranks(folder, topology)
+    prompt = np.random.default_rng(0).integers(0, 320, 30).astype(np.int32)
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    pages = [
+        (0, page, (1 + page // topology.cp) * topology.cp + page % topology.cp) for page in range(4)
+    ]
+    command = StepCommand(
+        [RowStart(0, params, prompt, len(prompt))],
+        np.zeros(1, np.int32),
+        np.zeros(1, np.int32),
+        np.array([len(prompt)], np.int32),
+        np.ones(1, np.bool_),
+        prompt,
+        [np.array(pages, np.int32)] * len(runners[0].groups),
+    )
+    for runner in runners:
+        runner.allocate([9] * len(runner.groups), 4, 64)
+    with ThreadPoolExecutor(len(runners)) as threads:
+        results = list(threads.map(lambda runner: runner.step(command), runners))
+    (logprob,) = merge_steps(results).logprobs
+    assert logprob is not None
+    expected = ReferenceModel(folder).logits(prompt.tolist())[-1].log_softmax(-1)
+    found = torch.tensor(logprob.top_logprobs)
+    torch.testing.assert_close(found, expected[list(logprob.top_ids)], atol=1e-4, rtol=0)
 
 
 def test_random_weights_do_not_depend_on_the_shape(folders: dict[str, Path]) -> None:
@@ -169,6 +217,27 @@ def test_causal_work_is_alike_on_all_ranks(cp: int) -> None:
     assert tokens.sum() == length
     assert np.ptp(pairs) / pairs.mean() < 0.02
     assert np.ptp(tokens) / tokens.mean() < 0.02
+
+
+def test_a_neighbour_that_sends_nothing_is_waited_for_no_longer_than_told() -> None:
+    store = make_store("127.0.0.1", 20)
+
+    def run(rank: int) -> str:
+        ranks = Ranks(Topology(pp=2), rank, join_store("127.0.0.1", store.port, 20), timeout_s=20)
+        ranks.limit(0.5)
+        if rank == 0:
+            over.wait(10)
+            return ""
+        with pytest.raises(RankError, match="receive from 0 of pp, rank 1"):
+            ranks.pp.receive(torch.zeros(3), 0)
+        over.set()
+        return "ended"
+
+    over = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        begin = time.monotonic()
+        assert list(threads.map(run, range(2))) == ["", "ended"]
+        assert time.monotonic() - begin < 9
 
 
 def test_ranks_that_do_not_come_are_waited_for_no_longer_than_told() -> None:

@@ -118,12 +118,12 @@ def test_tokens_of_other_pages_are_refused():
 
 
 def test_a_batch_is_read_by_the_structs_of_vllm_and_of_older_readers():
-    log = EventLog(topic="kv@pod@model", data_parallel_rank=3)
+    log = EventLog(topic="kv@pod@model")
     events = block_events([stored()], content_of, PAGE_TOKENS, "GPU")
     topic, sequence, payload = log.add([*events, *some_events(9), AllBlocksCleared()], 12.5)
     assert (topic, sequence) == (b"kv@pod@model", bytes(8))
     batch = msgspec.msgpack.decode(payload, type=ReaderBatch)
-    assert (batch.ts, batch.data_parallel_rank) == (12.5, 3)
+    assert (batch.ts, batch.data_parallel_rank) == (12.5, 0)
     hashes = [int.from_bytes(page[24:], "big") for page in HASHES]
     assert batch.events == [
         ReaderStored(hashes, None, TOKENS, 2, None, "GPU", "french"),
@@ -145,28 +145,6 @@ def test_positions_and_the_rank_are_always_there():
         1.0,
         [["BlockStored", [1], None, [2, 3], 2, None, "GPU", None], ["AllBlocksCleared"]],
         0,
-    ]
-
-
-def test_a_batch_of_maps():
-    log = EventLog(encoding="map", data_parallel_rank=1)
-    payload = log.add([BlockStored([1], 4, [2, 3], 2, None, "GPU", None), *some_events(5)], 1.0)[2]
-    assert msgspec.msgpack.decode(payload) == [
-        1.0,
-        [
-            {
-                "type": "BlockStored",
-                "block_hashes": [1],
-                "parent_block_hash": 4,
-                "token_ids": [2, 3],
-                "block_size": 2,
-                "lora_id": None,
-                "medium": "GPU",
-                "lora_name": None,
-            },
-            {"type": "BlockRemoved", "block_hashes": [5], "medium": "GPU"},
-        ],
-        1,
     ]
 
 

@@ -656,10 +656,27 @@ def test_pages_that_were_held_for_no_request_were_last_used_as_before(order: str
     index.retain(0, oldest)
     index.release(0, oldest, is_use=False)
     index.check_integrity()
-    assert index.next_evicted(1) == [chain("ab")]
+    assert index.next_evicted(1) == chain("ab")[-1:]
     # A request that uses them meanwhile does count.
     index.retain(0, oldest)
     release(index, index.acquire(chain("ab")))
     index.release(0, oldest, is_use=False)
     index.check_integrity()
-    assert index.next_evicted(1) == [chain("cd")]
+    assert index.next_evicted(1) == chain("cd")[-1:]
+
+
+def test_looking_at_what_is_next_to_be_evicted_does_not_pass_for_evicting_it() -> None:
+    index = PageIndex([FULL], [9], PAGE_TOKENS, order="cost")
+    release(index, fill(index, chain("abcd")))
+    for _ in range(3):
+        assert index.next_evicted(1) == chain("abcd")[-1:]
+    release(index, fill(index, chain("ef")))  # worth less than a page at place 3
+    assert index.next_evicted(1) == chain("ef")[-1:]
+
+
+def test_the_chain_of_a_leaf_goes_through_what_others_continue_too() -> None:
+    index = PageIndex([FULL], [9], PAGE_TOKENS)
+    for pages in ("abcd", "abef"):
+        release(index, fill(index, chain(pages)))
+    leaves = index.next_evicted(8)
+    assert [index.chain(last) for last in leaves] == [chain("abcd"), chain("abef")]

@@ -54,12 +54,18 @@ class FakeTier:
         self.calls.append(("stored", len(hashes) - first))
 
     def prefetch(
-        self, hashes: Sequence[bytes], begin: int, now: float, tokens_per_s: float = 0.0
+        self,
+        hashes: Sequence[bytes],
+        begin: int,
+        now: float,
+        tokens_per_s: float = 0.0,
+        have: int = 0,
     ) -> Prefetch | None:
         if not self.has_more:
             return None
-        self.prefetches.append(Prefetch(list(hashes), begin, self.is_probe, tokens_per_s, 60.0, 1))
-        return self.prefetches[-1]
+        prefetch = Prefetch(list(hashes), begin, have, self.is_probe, tokens_per_s, 60.0, 1)
+        self.prefetches.append(prefetch)
+        return prefetch
 
     def cancel_prefetch(self, prefetch: Prefetch, now: float) -> None:
         self.calls.append(("cancel", prefetch.num_pages))
@@ -305,18 +311,27 @@ def test_where_not_all_fits_the_first_pages_are_taken() -> None:
     assert (stats.offered_pages, stats.copied_pages, stats.refused_pages) == (9, 4, 5)
 
 
-def test_pages_whose_parent_was_evicted_meanwhile_are_not_inserted() -> None:
-    rig = Rig(pages=4)
+@pytest.mark.parametrize("how", ["copied", "closed", "gone", "cleared"])
+def test_what_an_offer_continues_stays_until_it_has_ended(how: str) -> None:
+    rig = Rig(pages=6)
     rig.store("a", 1, chain(1, 2))
-    room = rig.offer("a", 2, chain(1, 5))
-    assert room.first == 2
-    first = rig.offer("b", 1, chain(2, 2))
-    assert rig.resident(chain(1, 2)) + len(unpack(first.slots)[0]) <= 2
-    rig.say("b", Copied(1, 1, 2))
-    rig.say("a", Copied(2, 2, 9))
-    assert rig.resident(chain(1, 5)) in (0, 3)  # never page 2 without those before
-    rig.say("a", Close(3, 3))
+    assert rig.offer("a", 2, chain(1, 4)).first == 2
+    room = rig.offer("b", 1, chain(2, 3))
+    assert len(unpack(room.slots)[0]) == 1
+    rig.say("b", Close(1, 2))
+    match how:
+        case "copied":
+            rig.say("a", Copied(2, 2, 2))
+        case "closed":
+            rig.say("a", Close(2, 3))
+        case "gone":
+            rig.keeper.client_down("a", 0.0)
+        case _:
+            rig.index.clear()
+            rig.say("a", Copied(2, 2, 2))  # never pages without those before
+    assert rig.resident(chain(1, 4)) == {"copied": 4, "cleared": 0}.get(how, 2)
     assert rig.is_idle
+    assert len(unpack(rig.offer("b", 2, chain(2, 5)).slots)[0]) == 5
 
 
 # --------------------------------------------------------------------- repeated, lost and overtaken
@@ -402,7 +417,10 @@ def test_one_replica_cannot_open_any_number_of_exchanges() -> None:
     rig = Rig()
     for serial in range(1, MAX_OPEN + 1):
         rig.keeper.receive("a", Find(serial, 1, b""), 0.0)
-    assert not rig.say("a", Find(MAX_OPEN + 1, 1, b""))
+    last, pages = MAX_OPEN + 1, b"".join(chain(1, 3))
+    # They are answered, for somebody waits.
+    assert rig.say("a", Find(last, 1, pages)) == [Found(last, 0, (b"",), True)]
+    assert rig.say("a", Offer(last, 1, 0, pages, (0,))) == [Room(last, 0, (b"",))]
     assert rig.keeper.num_open == MAX_OPEN
     rig.find("b", 1, [])
 
@@ -506,6 +524,13 @@ def test_what_storage_brings_is_told_in_a_second_answer() -> None:
     assert (rig.keeper.stats.found_pages, rig.keeper.stats.read_pages) == (3, 3)
     rig.say("a", Close(1, 2))
     assert rig.is_idle
+
+
+def test_storage_is_told_what_the_replica_has() -> None:
+    tier = FakeTier()
+    rig = Rig(tier=tier)
+    rig.say("a", Find(1, 1, b"".join(chain(1, 4)), 0.0, have=3))
+    assert tier.prefetches[0]._have == 3
 
 
 def test_pages_count_as_found_once() -> None:
@@ -886,10 +911,15 @@ class RestoringTier(FakeTier):
                     self.writes.append((group, slot, page_hash))
 
     def prefetch(
-        self, hashes: Sequence[bytes], begin: int, now: float, tokens_per_s: float = 0.0
+        self,
+        hashes: Sequence[bytes],
+        begin: int,
+        now: float,
+        tokens_per_s: float = 0.0,
+        have: int = 0,
     ) -> Prefetch | None:
         self.has_more = self.world.random.random() < 0.7
-        return super().prefetch(hashes, begin, now, tokens_per_s)
+        return super().prefetch(hashes, begin, now, tokens_per_s, have)
 
     def cancel_prefetch(self, prefetch: Prefetch, now: float) -> None:
         prefetch.is_done = True

@@ -332,3 +332,13 @@ def test_uses_are_counted_and_forgotten() -> None:
     assert writes.used(pages[:3]) == (0, 3)
     writes.used(pages[2:6])  # four are known
     assert writes.used(pages[:2]) == (0, 0)
+
+
+def test_what_had_enough_uses_before_is_not_new() -> None:
+    pages = [bytes([number]) * 32 for number in range(6)]
+    writes = SelectiveWrites(pool_pages=6, hits=2)
+    writes.used(pages[:5])
+    assert writes.used(pages[:3]) == (0, 3)
+    assert writes.used(pages[:3]) == (3, 3)
+    assert writes.used(pages[:5]) == (3, 5)
+    assert writes.used(pages) == (5, 5)

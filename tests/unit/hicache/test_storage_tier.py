@@ -8,15 +8,15 @@ import pytest
 from storage_tier_world import FULL, LATENT, PAGE_TOKENS, ROOT, World, sliding
 
 from hicache.index import PageIndex
-from hicache.storage.storage import Outcome
+from hicache.storage.storage import Outcome, StorageResult
 from hicache.storage_io import (
     Breaker,
     BreakerState,
     CancelOp,
-    Ended,
     Exists,
     Get,
     LoadCost,
+    OpKind,
     PagesFreed,
     Put,
     Rate,
@@ -191,6 +191,27 @@ def test_the_queue_is_bounded_and_drops_tails():
         world.tier.pages_hit(hashes, world.now)
         world.settle()
     assert all(map(world.has_stored, one + two))
+
+
+def test_the_hashes_that_the_queue_keeps_are_bounded():
+    world = make(pool=60, max_queued_hashes=10)
+    base = world.add_chain("abcdefg")
+    world.cache(base)
+    world.settle()
+    tails = [world.add_chain("abcdefg" + tail) for tail in ("hi", "j", "k")]
+    world.tier._operations.breaker.state = BreakerState.OPEN  # they wait
+    world.tier._operations.breaker._until = world.now + 1.0
+    for hashes in tails:
+        world.cache(hashes)
+        world.check()
+    stats = world.tier.stats()
+    assert (stats.queued_pages, stats.overflowed_pages) == (2, 2)
+    world.settle(1.0)
+    assert [world.has_stored(hashes[-1]) for hashes in tails] == [True, False, False]
+    for hashes in tails:
+        world.tier.pages_hit(hashes, world.now)
+        world.settle()
+    assert all(world.has_stored(hashes[-1]) for hashes in tails)
 
 
 def test_bytes_of_puts_in_flight_are_bounded():
@@ -807,6 +828,33 @@ def test_little_that_is_there_may_not_be_worth_another_trip():
     assert prefetch.num_pages == 0
 
 
+def test_pages_that_the_request_has_are_not_what_reading_gains():
+    world = make(pool=60)
+    hashes = world.add_chain("abcdefghij")
+    world.put_objects(hashes)
+    cost = world.tier._operations.cost
+    cost.reads.add(10 * world.page_bytes[0], 0.0, 1.0)
+    cost.judge(10**12, 1, 1, 10.0, world.now)  # a probe has just been
+    # 10 pages take 1 s to read and 2 s to compute, the last of them 0.2 s.
+    assert world.prefetch(hashes, tokens_per_s=10.0, have=9) is None
+    assert world.prefetch(hashes, have=10) is None
+    assert world.tier.stats().prefetches_judged_slow == 1
+    prefetch = world.prefetch(hashes, tokens_per_s=10.0)
+    assert prefetch is not None
+    world.settle()
+    assert prefetch.num_pages == 10
+
+
+def test_no_more_is_read_than_the_request_has_when_storage_lacks_the_rest():
+    world = make(pool=60)
+    hashes = world.add_chain("abcdefghij")
+    world.put_objects(hashes[:4])
+    prefetch = world.prefetch(hashes, have=4)
+    end_all(world, Exists)
+    assert prefetch.is_done
+    assert get_pages(world) == []
+
+
 def test_load_cost_judges_by_bytes_trips_and_tokens():
     cost = LoadCost(probe_s=10.0)
     assert cost.judge(10**12, 2, 1, 1e9, 0.0) is Verdict.LOAD
@@ -894,14 +942,14 @@ def test_a_storage_that_fails_is_left_alone_and_tried_again():
 def test_the_breaker_counts_failures_in_a_row_only():
     breaker = Breaker(2, 1.0, 8.0)
     for _ in range(3):
-        breaker.failed(1, 0.0)
-        breaker.succeeded(2)
-    breaker.failed(3, 0.0)
+        breaker.failed(1, OpKind.PUT, 0.0)
+        breaker.succeeded(2, OpKind.PUT)
+    breaker.failed(3, OpKind.PUT, 0.0)
     breaker.told_nothing(4, 0.0)  # refused, or cancelled
     assert breaker.can_start(0.0)
-    breaker.failed(5, 0.0)
+    breaker.failed(5, OpKind.PUT, 0.0)
     assert not breaker.can_start(0.5)
-    breaker.succeeded(6)  # begun before
+    breaker.succeeded(6, OpKind.PUT)  # begun before
     assert not breaker.can_start(0.5)
     assert breaker.can_start(1.0)
     breaker.started(7)
@@ -913,15 +961,40 @@ def test_the_breaker_counts_failures_in_a_row_only():
     assert not breaker.can_start(9.5)
     assert breaker.can_start(10.0)
     breaker.started(9)
-    breaker.failed(9, 10.0)
+    breaker.failed(9, OpKind.PUT, 10.0)
     assert not breaker.can_start(11.9)
     breaker.started(10)
-    breaker.succeeded(10)
+    breaker.succeeded(10, OpKind.PUT)
     assert breaker.can_start(12.0)
     for _ in range(2):
-        breaker.failed(11, 20.0)
+        breaker.failed(11, OpKind.PUT, 20.0)
     assert not breaker.can_start(20.9)
     assert breaker.can_start(21.0)  # the pause is short again
+
+
+def test_the_breaker_counts_each_kind_of_operation_for_itself():
+    breaker = Breaker(2, 1.0, 8.0)
+    for _ in range(2):
+        breaker.succeeded(1, OpKind.EXISTS)
+        breaker.failed(2, OpKind.GET, 0.0)
+    assert not breaker.can_start(0.5)
+    breaker.started(3)
+    breaker.succeeded(3, OpKind.EXISTS)
+    assert breaker.can_start(1.0)
+    breaker.failed(4, OpKind.GET, 1.0)  # as before: it answers, and does not read
+    assert not breaker.can_start(2.5)
+    assert breaker.can_start(3.0)
+
+
+def test_a_storage_that_answers_and_does_not_read_is_left_alone():
+    world = make(failures_to_open=3)
+    for text in ("abc", "def", "ghi"):
+        hashes = world.add_chain(text)
+        world.put_objects(hashes)
+        assert world.prefetch(hashes) is not None
+        end_all(world, Exists)
+        end_all(world, Get, fail)
+    assert world.tier.stats().breaker is BreakerState.OPEN
 
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.MISS])
@@ -1078,7 +1151,7 @@ def test_pages_read_again_before_they_were_used_were_read_in_vain():
 def test_unknown_events_are_ignored():
     world = make()
     world.tier.handle(PagesFreed(77), world.now)
-    world.tier.handle(Ended(77, (), None, 0, 0.0), world.now)
+    world.tier.handle(StorageResult(77, (), None, 0, 0.0), world.now)
     world.cache(world.add_chain("ab"))
     world.tier.handle(PagesFreed(world.ops(Put)[0]), world.now)  # it has not ended
     world.check()
@@ -1122,6 +1195,7 @@ class Simulation:
                 max_put_bytes=draw.choice([1, 300, 1000, 1 << 20]),
                 max_get_bytes=draw.choice([1, 300, 1000, 1 << 20]),
                 max_queued_pages=draw.choice([3, 10, 1000]),
+                max_queued_hashes=draw.choice([8, 1000]),
                 put_attempts=draw.randint(1, 4),
                 max_hints=draw.choice([4, 1000]),
                 max_absent=draw.choice([2, 1000]),

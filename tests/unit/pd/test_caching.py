@@ -170,6 +170,7 @@ def test_what_the_device_tier_has_is_not_copied_again_and_stays() -> None:
     there = rig.index.resident(sequence.hashes)[0]
     rig.let_go(sequence)
     rig.caching.fetch(sequence, 0.0, 0.0)
+    assert rig.took() == [Find(1, 1, b"".join(sequence.hashes[:5]), 0.0, have=2)]
     rig.say(found(1, [[11, 12, 13, 14, 15]]))
     copy = rig.copy()
     assert copy.host_pages[0].tolist() == [13, 14, 15]
@@ -380,6 +381,44 @@ def test_copies_begin_in_order_of_arrival_and_not_long_before_they_are_needed() 
     assert rig.effects == []  # there is one row, and two wait for it
 
 
+def test_who_came_first_is_copied_first_also_when_asked_for_last() -> None:
+    """A request that was preempted has come before those that are looked for already."""
+    rig = Rig(max_running=1)
+    rig.scheduler.add(rig.track(22, 9, arrived_at=5.0))
+    later = [rig.track(22, number, 10.0 + number) for number in range(3)]
+    for sequence in (*later, rig.track(22, 8, arrived_at=0.0)):
+        rig.caching.fetch(sequence, 0.0, 0.0)
+    for serial in (1, 2, 3, 4):
+        rig.caching.receive(KEEPER, found(serial, [[10 * serial, 10 * serial + 1]]), 0.0)
+    rig.advance()
+    assert rig.copy().host_pages[0].tolist() == [40, 41]
+
+
+def test_those_that_wait_for_storage_keep_nobody_from_copying() -> None:
+    rig = Rig(max_running=1, prefetch="wait_complete")
+    for number in range(4):
+        rig.caching.fetch(rig.track(22, number, number), 0.0, 0.0)
+    for serial in (1, 2, 3):
+        rig.say(found(serial, [[]], is_last=False))
+    rig.say(found(4, [[11, 12]]))
+    assert rig.copy().host_pages[0].tolist() == [11, 12]
+
+
+def test_pages_that_a_request_waits_for_are_not_taken_by_a_later_one() -> None:
+    rig = Rig(pages=11)
+    large, small, other = (rig.track(22, number, number) for number in range(3))
+    rig.compute(other, 7)
+    rig.caching.fetch(large, 0.0, 0.0)
+    rig.caching.fetch(small, 0.0, 0.0)
+    rig.caching.receive(KEEPER, found(1, [[11, 12, 13, 14]]), 0.0)
+    rig.say(found(2, [[21]]))
+    assert rig.effects == []
+    rig.let_go(other)
+    rig.advance()
+    copies = [effect.host_pages[0].tolist() for effect in rig.effects]  # type: ignore[union-attr]
+    assert copies == [[11, 12, 13, 14], [21]]
+
+
 def test_what_is_computed_sooner_is_not_copied() -> None:
     rig = Rig()
     rig.caching.fetch(rig.track(22), 0.0, 0.0)
@@ -411,6 +450,19 @@ def test_storage_is_waited_for_as_long_as_the_policy_says() -> None:
     assert rig.took() == [Take(1, 1)]
     rig.say(found(1, [[11, 12]], num_read=1), 28.0)
     assert rig.copy().host_pages[0].tolist() == [11, 12]
+
+
+def test_for_what_the_device_tier_has_storage_is_not_waited_for_longer() -> None:
+    rig = Rig(prefetch="timeout")
+    sequence = rig.track(22)
+    rig.compute(sequence, 3)
+    rig.caching.fetch(sequence, 0.0, 0.0)
+    rig.took()
+    rig.say(found(1, [[11]], is_last=False))
+    rig.tick(17.0)  # 10 s, and 1 s for each of 2 pages' 4 tokens
+    assert rig.took() == []
+    rig.tick(19.0)
+    assert rig.took() == [Take(1, 1)]
 
 
 def test_with_best_effort_storage_is_waited_for_until_the_request_could_start() -> None:
@@ -613,6 +665,80 @@ def test_what_was_offered_because_it_is_next_to_be_evicted_still_is() -> None:
     assert rig.index.next_evicted(1) == oldest
     rig.tick(1.0)
     assert not any(isinstance(message, Offer) for message in rig.took())
+
+
+def written_back(rig: Rig, now: float = 0.0) -> Offer:
+    """What is next to be evicted is offered."""
+    rig.took()
+    rig.tick(now)
+    (offer,) = (message for message in rig.took() if isinstance(message, Offer))
+    return offer
+
+
+def full_of(rig: Rig) -> Tracked:
+    """The device tier is full of one sequence, which nobody uses, and another, which is in use."""
+    first = offered(rig, 10)
+    rig.let_go(first)
+    offered(rig, 13, number=1)
+    return first
+
+
+@pytest.mark.parametrize("how", ["no answer", "no room", "some room", "copy failed", "no keeper"])
+def test_with_write_back_what_was_not_taken_is_offered_again(how: str) -> None:
+    rig = Rig(pages=25, write="write_back")
+    full_of(rig)
+    offer = written_back(rig)
+    match how:
+        case "no answer":
+            rig.tick(0.0)
+            rig.tick(5.0)
+        case "no room":
+            rig.say(Room(offer.serial, 0, (b"",)))
+        case "some room":
+            rig.say(Room(offer.serial, 0, (pack([1, 2, 3]),)))
+            rig.end(rig.copy())
+        case "copy failed":
+            rig.say(Room(offer.serial, 0, (pack(list(range(1, 11))),)))
+            rig.end(rig.copy(), "a bad day")
+        case _:
+            rig.say(Room(offer.serial, 0, (pack(list(range(1, 11))),)))
+            rig.caching.keeper_down(KEEPER)
+            rig.caching.keeper_up(KEEPER)
+            rig.end(rig.copy())
+            assert written_back(rig, 0.1).page_hashes == offer.page_hashes
+            return
+    rig.took()
+    rig.tick(4.9)
+    assert not any(isinstance(message, Offer) for message in rig.took())  # not at once
+    assert written_back(rig, 11.0).page_hashes == offer.page_hashes
+
+
+@pytest.mark.parametrize("how", ["copied", "there"])
+def test_with_write_back_what_the_host_tier_has_is_offered_once(how: str) -> None:
+    rig = Rig(pages=25, write="write_back")
+    first = full_of(rig)
+    offer = written_back(rig)
+    if how == "copied":
+        rig.say(Room(offer.serial, 4, (pack(list(range(1, 7))),)))
+        rig.end(rig.copy())
+    else:
+        rig.say(Room(offer.serial, 10, (b"",)))
+    rig.took()
+    rig.tick(1000.0)
+    assert not any(isinstance(message, Offer) for message in rig.took())
+    # Computed again, it may not be there either.
+    rig.caching.published(first, 0, 10)
+    assert written_back(rig, 1001.0).page_hashes == offer.page_hashes
+
+
+def test_with_write_back_offers_of_one_moment_are_bounded() -> None:
+    rig = Rig(pages=41, write="write_back")
+    for number in range(40):
+        rig.let_go(offered(rig, 1, number=number))
+    rig.tick(0.0)
+    offers = [message for message in rig.took() if isinstance(message, Offer)]
+    assert len(offers) == 5  # an eighth of the pool
+    assert rig.caching.dropped_offers == 0
 
 
 def test_with_selective_writing_what_is_computed_again_was_used_twice() -> None:

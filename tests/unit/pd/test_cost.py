@@ -25,6 +25,7 @@ from pd.cost import (
     describe,
     estimate_cost,
     format_bytes,
+    host_warnings,
     layer_groups,
     load_config,
     max_context,
@@ -271,6 +272,16 @@ def test_cost_when_the_workers_memory_is_unknown() -> None:
     assert cost.max_context is None
 
 
+def test_a_stage_without_layers_of_the_group_that_is_sized() -> None:
+    """Its pools could grow for ever; other stages decide."""
+    groups = (LayerGroup("full", (), 1, 4), LayerGroup("sliding", (0, 1), 1, 4, window=8))
+    layouts = page_layouts(groups, 4, "float32")
+    role = RoleSpec(pool=PoolSpec(memory=10**9), max_running=2, max_batch_tokens=16)
+    full, sliding = plan_pools(layouts, role)
+    assert full > 2**28
+    assert sliding < 100
+
+
 def test_cost_takes_the_weights_off() -> None:
     config = LlamaConfig(num_hidden_layers=3, **TINY)
     spec = parse_spec(SPEC % ("null", "memory_fraction: 0.5", "cpu"), "cluster.yaml")
@@ -318,3 +329,41 @@ def test_load_config(tmp_path: Path) -> None:
 
 def test_format_bytes() -> None:
     assert [format_bytes(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3 GiB"]
+
+
+# -------------------------------------------------------------------------------------- host tier
+
+
+GEMMA_270M = (
+    PageLayout(full((5, 11, 17), 1, 256), 16, 2),
+    PageLayout(sliding(tuple(n for n in range(18) if n % 6 != 5), 512, 1, 256), 16, 2),
+)
+
+
+def test_a_host_tier_with_hardly_a_window_is_warned_of() -> None:
+    (warning,) = host_warnings(GEMMA_270M, 20 << 20)
+    assert warning.startswith("cache.host.memory: 20 MiB hold 46 pages of 16 tokens with sliding ")
+    assert "fewer than two windows (66)" in warning
+    least = (67 * 15 * 16 + 4 * 67 * 3 * 16) * 1024
+    assert warning.endswith(f"expected at least {format_bytes(least)}")
+    assert host_warnings(GEMMA_270M, least) == ()
+    assert host_warnings(GEMMA_270M, 60 << 20) == ()
+
+
+def test_where_a_window_is_all_there_is_a_host_tier_is_not_warned_of() -> None:
+    for layouts in (GEMMA_270M[:1], GEMMA_270M[1:]):
+        assert host_warnings(layouts, 10 << 20) == ()
+
+
+def test_a_host_tier_too_small_for_anything_is_refused() -> None:
+    spec = parse_spec("model: {path: x}\nroles: {both: {}}\ncache: {host: {memory: 1KiB}}", "x")
+    config = Gemma3TextConfig(num_hidden_layers=6, **TINY)
+    with pytest.raises(SpecError, match=r"cache\.host\.memory: found 1 KiB"):
+        estimate_cost(spec, config, None, {})
+
+
+def test_warnings_are_part_of_the_cost() -> None:
+    spec = parse_spec("model: {path: x}\nroles: {both: {}}\ncache: {host: {memory: 4MiB}}", "x")
+    config = Gemma3TextConfig(num_hidden_layers=6, sliding_window=512, **TINY)
+    cost = estimate_cost(spec, config, None, {})
+    assert len(describe(cost)["warnings"]) == 1

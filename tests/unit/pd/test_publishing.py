@@ -78,7 +78,11 @@ def test_a_subscriber_hears_what_enters_and_leaves() -> None:
     async def scenario() -> None:
         index, known = make_index(), KnownTokens(PAGE_TOKENS, ROOT)
         events = KvEvents(
-            parse(topic="kv", replay="tcp://127.0.0.1:0"), 0, index, "device", known.content_of
+            parse(topic="kv", replay="tcp://127.0.0.1:0"),
+            0,
+            PAGE_TOKENS,
+            "device",
+            known.content_of,
         )
         context = zmq.asyncio.Context()
         subscriber = context.socket(zmq.SUB)
@@ -96,7 +100,7 @@ def test_a_subscriber_hears_what_enters_and_leaves() -> None:
         hashes = [block_hash(page) for page in sequence.hashes]
         insert(index, sequence, 0, 2)
         known.stored(sequence, 0, 2)
-        events.publish(1.5)
+        events.publish(index.take_changes(), 1.5)
         known.forget()
         # Who subscribes late asks for what it missed.
         await replay.send((0).to_bytes(8, "big"))
@@ -110,16 +114,16 @@ def test_a_subscriber_hears_what_enters_and_leaves() -> None:
 
         insert(index, sequence, 2, 4)
         known.stored(sequence, 0, 5)
-        events.publish(2.0)
+        events.publish(index.take_changes(), 2.0)
         known.forget()
-        events.publish(2.5)  # nothing
+        events.publish(index.take_changes(), 2.5)  # nothing
         insert(index, sequence, 4, 5)
-        events.publish(3.0)  # nobody said whose it was
+        events.publish(index.take_changes(), 3.0)  # nobody said whose it was
         insert(index, make_sequence(root_hash("model", "salt")), 0, 5)
         known.stored(make_sequence(root_hash("model", "salt")), 0, 5)
-        events.publish(3.5)
+        events.publish(index.take_changes(), 3.5)
         index.clear()
-        events.publish(4.0)
+        events.publish(index.take_changes(), 4.0)
         heard = [await receive()]
         if heard[0].ts == 1.5:  # the subscription was faster than expected
             heard.clear()
@@ -139,10 +143,10 @@ def test_a_subscriber_hears_what_enters_and_leaves() -> None:
 def test_a_keeper_publishes_hashes_alone() -> None:
     async def scenario() -> None:
         index = make_index()
-        events = KvEvents(parse(replay="tcp://127.0.0.1:*", buffer=1), 3, index, "host")
+        events = KvEvents(parse(replay="tcp://127.0.0.1:*", buffer=1), 3, PAGE_TOKENS, "host")
         sequence = make_sequence()
         insert(index, sequence, 0, 5)
-        events.publish(1.0)
+        events.publish(index.take_changes(), 1.0)
         (_, payload), _ = events._publisher.log.replay(0)
         (event,) = msgspec.msgpack.decode(payload, type=ReaderBatch).events
         hashes = [block_hash(page) for page in sequence.hashes]
@@ -164,11 +168,11 @@ def test_numbers_and_ports() -> None:
 
 def test_an_address_in_use_is_named() -> None:
     async def scenario() -> None:
-        first = KvEvents(parse(), 0, make_index(), "device")
+        first = KvEvents(parse(), 0, PAGE_TOKENS, "device")
         host, _, port = first.facts["events"].rpartition(":")
         spec = parse(publish=f"{host}:{int(port) - 1}")
         with pytest.raises(SpecError, match=rf"cache.events: cannot listen on {host}:{port}: "):
-            KvEvents(spec, 1, make_index(), "device")
+            KvEvents(spec, 1, PAGE_TOKENS, "device")
         await first.close()
 
     asyncio.run(scenario())

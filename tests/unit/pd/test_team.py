@@ -107,6 +107,19 @@ def test_one_rank_s_error_is_the_copy_s() -> None:
     assert ranks.answers(opened, opened) == [None, opened]
 
 
+def test_rounds_of_one_name_are_told_apart() -> None:
+    """A peer leaves twice before the slow rank has answered once."""
+    ranks = Ranks(2)
+    for _ in range(2):
+        ranks.team.carry_out(Flush("decode-0"))
+    flushed = Flushed("decode-0")
+    assert [ranks.team.answered(0, flushed) for _ in range(2)] == [None, None]
+    assert [ranks.team.answered(1, flushed) for _ in range(2)] == [flushed, flushed]
+    bad, good = HostOpened("cache-0", "it is gone"), HostOpened("cache-0", None)
+    assert [ranks.team.answered(0, each) for each in (good, good)] == [None, None]
+    assert [ranks.team.answered(1, each) for each in (bad, good)] == [bad, good]
+
+
 def test_what_comes_of_one_rank_is_told_at_once() -> None:
     failed = RankFailed("it broke")
     assert Ranks(2).team.answered(1, failed) is failed
