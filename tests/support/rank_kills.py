@@ -87,24 +87,26 @@ def kill_ranks(
     rng = random.Random(seed)
     before = abandoned_shared_memory()
     seconds = []
+    times = {replica: cluster.log.count(f"{replica}: back after") for replica in replicas}
     with steady_load(cluster, model):
         for replica in replicas:
             rank = rng.randrange(num_ranks)
             pids = [cluster.pid_of(endpoint(replica, each)) for each in range(num_ranks)]
             processes = {p for pid in pids for p in descendants(pid)}
             time.sleep(rng.random())
+            said = len(cluster.log)
             begin = time.monotonic()
             os.kill(pids[rank], signal.SIGKILL)
             line = f"{replica}: gone: rank {rank} ("
-            wait_until(lambda line=line: line in cluster.log, line, GONE_S)
+            wait_until(lambda line=line: line in cluster.log[said:], line, GONE_S)
             wait_until(
                 lambda processes=processes: not any(each.is_alive for each in processes),
                 f"no process of {replica}",
             )
             seconds.append(time.monotonic() - begin)
-            said = next(text for text in cluster.log.splitlines() if line in text)
-            assert said.endswith("its process died"), said
+            text = next(text for text in cluster.log[said:].splitlines() if line in text)
+            assert text.endswith("its process died"), text
         for replica in replicas:
-            cluster.wait_back(replica)
+            cluster.wait_back(replica, times[replica] + 1)
     assert abandoned_shared_memory() <= before
     return seconds
