@@ -98,7 +98,7 @@ def kill_ranks(
             begin = time.monotonic()
             os.kill(pids[rank], signal.SIGKILL)
             line = f"{replica}: gone: rank {rank} ("
-            wait_until(lambda line=line: line in cluster.log[said:], line, GONE_S)
+            wait_until(lambda line=line, said=said: line in cluster.log[said:], line, GONE_S)
             wait_until(
                 lambda processes=processes: not any(each.is_alive for each in processes),
                 f"no process of {replica}",
