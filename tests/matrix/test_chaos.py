@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from rank_kills import spec_for, steady_load
 from real_cluster import Cluster, RayHead, short_folder, wait_until
 from reference_model import ReferenceModel
@@ -16,17 +14,6 @@ from reference_model import ReferenceModel
 from pd.bench.tiny import make_tiny_model
 
 NUM_KILLS = 30
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with short_folder() as folder:
-        head = RayHead(folder)
-        try:
-            head.wait_ready()
-            yield head
-        finally:
-            head.stop()
 
 
 def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ and comes back; every request is answered with the right tokens."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,6 @@ from pd.bench.tiny import make_tiny_model
 
 REPLICAS = 3
 SHAPES = [{"tp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, "cp": 2}]
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with short_folder() as folder:
-        head = RayHead(folder)
-        try:
-            head.wait_ready()
-            yield head
-        finally:
-            head.stop()
 
 
 @pytest.mark.parametrize("number", range(len(SHAPES)))
