@@ -411,8 +411,8 @@ class Controller:
                 missing = time.monotonic() - unit.since
                 if self._has_started(unit):
                     unit.phase = _Phase.RUNNING
-                    self._progress(f"{unit.name}: back after {missing:.1f} s")
                     self._announce("")
+                    self._progress(f"{unit.name}: back after {missing:.1f} s")
         except (StartError, SpecError, ValueError, ray.exceptions.RayError) as error:
             self._progress(f"{unit.name}: cannot be started again: {error}")
             self._end(unit)

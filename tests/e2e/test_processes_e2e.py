@@ -259,7 +259,14 @@ def test_a_killed_api_server(pair: tuple[Cluster, Cluster], model: ReferenceMode
         with pytest.raises(requests.ConnectionError):
             cut.result(60)
     cluster.wait_back("api-0")
-    wait_until(lambda: health(cluster) == (200, []), "it knows all replicas")
+
+    def is_well() -> bool:
+        try:
+            return health(cluster) == (200, [])
+        except requests.ConnectionError:
+            return False
+
+    wait_until(is_well, "it listens, and knows all replicas")
     check_serves(cluster, model, 4)
     cluster.wait_idle()
 
