@@ -39,13 +39,13 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/system-packages
 demo: $(INSTALLED)
 	@$(BIN)/python -m pd.bench.demo $(SPEC)
 
-# The end-to-end tests of a file run one at a time, on one Ray head: two files at once.
+# The end-to-end tests run one at a time: each starts as many processes as there are cores.
 test: $(INSTALLED)
 ifdef ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)
 else
 	@$(BIN)/python -m pytest -q -n $$(nproc) --dist worksteal tests/unit tests/contract tests/sim
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 tests/e2e
+	@$(BIN)/python -m pytest -q --durations=15 tests/e2e
 endif
 
 test-matrix: $(INSTALLED)
