@@ -195,8 +195,7 @@ class EngineClient:
 
     def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
         """Requests that decode on `name` go on elsewhere, from what was delivered, if there is a
-        replica in time. Where it was to prefill, the decode leader finds
-        another."""
+        replica in time. Where it was to prefill, the decode leader finds another."""
         self.router.remove(name)
         for stream in self._streams.values():
             if stream.placement is not None and stream.placement.decode == name:

@@ -470,8 +470,11 @@ class Controller:
         if unit.group is not None:
             remove_placement_group(unit.group)
         unit.group, unit.processes = None, []
-        unit.phase, unit.since = _Phase.ABSENT, time.monotonic()
-        unit.retry_at = unit.since + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
+        now = time.monotonic()
+        if unit.phase is _Phase.RUNNING:
+            unit.since = now  # an attempt that fails does not make it missing for less long
+        unit.phase = _Phase.ABSENT
+        unit.retry_at = now + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
         unit.failures = min(unit.failures + 1, _MOST_FAILURES)
         return True
 

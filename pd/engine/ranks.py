@@ -22,7 +22,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
-from transfer.topology import RankCoord, Topology
+from transfer.topology import Topology
 
 Backend = Literal["gloo", "nccl"]
 
@@ -66,7 +66,7 @@ class Group:
         self._backend = backend
         self._staged = staged
         """Tensors go through host memory."""
-        self._timeout = datetime.timedelta(minutes=30)
+        self._timeout = datetime.timedelta()
         """Of sends and receives, for which the backend keeps the one that it was made with."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -173,6 +173,7 @@ class Ranks:
         self.is_last_stage = coord.pp == topology.pp - 1
         self.samples = self.is_last_stage and coord.tp == coord.cp == 0
         """Whether this rank draws the tokens."""
+        self.limit(timeout_s)
 
     def _is_beside(self, rank: int, *fields: str) -> bool:
         other = self.topology.coord(rank)
@@ -191,11 +192,8 @@ class Ranks:
     @property
     def name(self) -> str:
         """For people: "rank ..."."""
-        return rank_name(self.coord, self.rank)
-
-
-def rank_name(coord: RankCoord, rank: int) -> str:
-    return f"{rank} (tp {coord.tp}, cp {coord.cp}, pp {coord.pp})"
+        coord = self.coord
+        return f"{self.rank} (tp {coord.tp}, cp {coord.cp}, pp {coord.pp})"
 
 
 def _make(
