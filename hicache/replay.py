@@ -61,6 +61,7 @@ class TraceRequest:
     blocks: tuple[int, ...]
     """Numbers from 0 in order of first use: one for each different prefix."""
     arrived_s: float = 0.0
+    num_output: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,13 +146,13 @@ def parse_trace(lines: Iterable[str], block_tokens: int = BLOCK_TOKENS) -> Trace
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        num_tokens, ids, arrived_s = _parse_line(line, number, block_tokens)
+        num_tokens, num_output, ids, arrived_s = _parse_line(line, number, block_tokens)
         blocks = []
         parent = -1
         for block_id in ids:
             parent = numbers.setdefault((parent, block_id), len(numbers))
             blocks.append(parent)
-        requests.append(TraceRequest(num_tokens, tuple(blocks), arrived_s))
+        requests.append(TraceRequest(num_tokens, tuple(blocks), arrived_s, num_output))
     if not requests:
         raise TraceError("the trace has no requests")
     return Trace(
@@ -164,8 +165,8 @@ def parse_trace(lines: Iterable[str], block_tokens: int = BLOCK_TOKENS) -> Trace
     )
 
 
-def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, list[int], float]:
-    """(prompt tokens, hash ids, seconds)"""
+def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, int, list[int], float]:
+    """(prompt tokens, output tokens, hash ids, seconds)"""
     try:
         item = json.loads(line)
     except ValueError as error:
@@ -193,7 +194,7 @@ def _parse_line(line: str, number: int, block_tokens: int) -> tuple[int, list[in
             f"line {number}: hash_ids: found {len(ids)} blocks, expected {expected}, for "
             f"input_length {num_tokens} in blocks of {block_tokens} tokens"
         )
-    return num_tokens, ids, timestamp / 1000
+    return num_tokens, num_output, ids, timestamp / 1000
 
 
 def _field(item: dict[str, Any], name: str, number: int, expected: str) -> Any:

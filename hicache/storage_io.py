@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from hicache.index import PageIndex
+from hicache.load_cost import LoadCost, Rate
 from hicache.storage.storage import ObjectPart, Outcome, StorageResult
 
 
@@ -97,7 +99,8 @@ class StorageLimits:
     """Of each pool, for all prefetches under way."""
     probe_pages: int = 32
     probe_s: float = 10.0
-    """A storage that is thought too slow is measured again with so many pages, so often."""
+    """A storage that is thought too slow is measured again with so many pages, so often; one that
+    is not known yet, with each request until it is."""
     failures_to_open: int = 5
     breaker_pause_s: float = 1.0
     breaker_max_pause_s: float = 60.0
@@ -106,85 +109,6 @@ class StorageLimits:
 def bytes_of(page_bytes: Sequence[int], pages: Iterable[int]) -> int:
     """Of pages, given as bits of the groups that count; `page_bytes` by group."""
     return sum(size for groups in pages for g, size in enumerate(page_bytes) if groups >> g & 1)
-
-
-class Rate:
-    """Bytes per second as a running average. Operations that overlap share the time."""
-
-    _WEIGHT = 0.3
-    """Of the latest sample."""
-
-    def __init__(self) -> None:
-        self.bytes_per_s = 0.0
-        """0: not known."""
-        self._bytes = 0
-        self._seconds = 0.0
-        self._last_end = float("-inf")
-
-    def add(self, num_bytes: int, started: float, ended: float, latency_s: float = 0.0) -> None:
-        """An operation. Its latency counts for half of its time at most, and only where nothing
-        else was under way meanwhile."""
-        seconds = max(0.0, ended - max(started, self._last_end))
-        if started >= self._last_end:
-            seconds -= min(latency_s, seconds / 2)
-        self._last_end = max(self._last_end, ended)
-        self._bytes += num_bytes
-        self._seconds += seconds
-        if self._bytes and self._seconds > 0:
-            sample = self._bytes / self._seconds
-            weight = self._WEIGHT if self.bytes_per_s else 1.0
-            self.bytes_per_s += weight * (sample - self.bytes_per_s)
-            self._bytes, self._seconds = 0, 0.0
-
-
-class Verdict(enum.Enum):
-    LOAD = "load"
-    RECOMPUTE = "recompute"
-    PROBE = "probe"
-    """Recompute, but load a little to learn whether that is still right."""
-
-
-class LoadCost:
-    """Load or recompute: which one is predicted to be faster, from what earlier reads took."""
-
-    _WEIGHT = 0.3
-
-    def __init__(self, probe_s: float) -> None:
-        self.reads = Rate()
-        self.latency_s = 0.0
-        """Of an operation that moves nothing."""
-        self._probe_s = probe_s
-        self._next_probe = float("-inf")
-        self._is_probing = False
-
-    def add_trip(self, seconds: float) -> None:
-        """A probe's counts alone: there is no other for a while, and what it is to show is whether
-        the earlier ones still tell anything."""
-        weight = self._WEIGHT if self.latency_s and not self._is_probing else 1.0
-        self._is_probing = False
-        self.latency_s += weight * (seconds - self.latency_s)
-
-    def add_read(self, num_bytes: int, started: float, ended: float) -> None:
-        self.reads.add(num_bytes, started, ended, self.latency_s)
-
-    def seconds(self, num_bytes: int, trips: int) -> float:
-        """To read so many bytes, those before them in the queue included, with so many operations
-        one after the other; 0.0: not known."""
-        if not self.reads.bytes_per_s:
-            return 0.0
-        return trips * self.latency_s + num_bytes / self.reads.bytes_per_s
-
-    def judge(
-        self, num_bytes: int, trips: int, num_tokens: int, tokens_per_s: float, now: float
-    ) -> Verdict:
-        """What is not known is loaded, to learn it. Remembers when it last said PROBE."""
-        if not tokens_per_s or self.seconds(num_bytes, trips) < num_tokens / tokens_per_s:
-            return Verdict.LOAD
-        if now < self._next_probe:
-            return Verdict.RECOMPUTE
-        self._next_probe = now + self._probe_s
-        self._is_probing = True
-        return Verdict.PROBE
 
 
 class OpKind(enum.Enum):
@@ -312,6 +236,11 @@ class Operations:
         """Those that have ended and whose pages are still in use."""
         return sum(operation.has_ended for operation in self._operations.values())
 
+    def reading_since(self) -> float:
+        """When the oldest get under way was begun; infinite: there is none."""
+        gets = (op.started for op in self._operations.values() if op.kind is OpKind.GET)
+        return min(gets, default=math.inf)
+
     def can_start(self, now: float) -> bool:
         """Whether the next batch may begin."""
         return not self.is_detached and self.breaker.can_start(now)
@@ -382,6 +311,8 @@ class Operations:
         for op_id, operation in list(self._operations.items()):
             if operation.then is not None and now >= operation.deadline:
                 self.num_given_up += 1
+                if operation.kind is OpKind.GET:
+                    self.cost.add_failed_read(operation.num_bytes, operation.started, now)
                 self.breaker.failed(op_id, operation.kind, now)
                 self.cancel(op_id)
                 self._tell(operation, (Outcome.FAILED,) * operation.num_keys, now)
@@ -415,8 +346,10 @@ class Operations:
                 self.cost.add_trip(event.seconds)
         else:
             self.bytes_moved[operation.kind] += event.bytes_moved
-        if operation.kind is OpKind.GET:
-            self.cost.add_read(event.bytes_moved, operation.started, now)
+        if operation.kind is OpKind.GET and not told:
+            self.cost.add_failed_read(operation.num_bytes, operation.started, now)
+        elif operation.kind is OpKind.GET:
+            self.cost.add_read(event.bytes_moved, operation.started, now, self.cost.latency_s)
         elif operation.kind is OpKind.PUT:
             self.writes.add(event.bytes_moved, operation.started, now)
         if told:

@@ -22,9 +22,13 @@ from collections.abc import Callable, Sequence
 
 from hicache.grid import ObjectGrid
 from hicache.index import PageIndex
+from hicache.load_cost import Verdict
 from hicache.storage.storage import Outcome
 from hicache.storage_hints import StorageHints
-from hicache.storage_io import Operations, OpKind, StorageLimits, Verdict, bytes_of
+from hicache.storage_io import BreakerState, Operations, OpKind, StorageLimits, bytes_of
+
+_ASKING_SHARE = 0.05
+"""Of the time to compute pages, the most that a request waits to hear that storage lacks them."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -36,8 +40,8 @@ class Prefetch:
     _have: int
     """The request has the pages before."""
     is_probe: bool
-    """Storage is thought to be slower than prefill, and this measures whether it still is: not
-    worth waiting for."""
+    """It is not waited for: it finds out whether reading is faster than prefill, or whether there
+    is anything to read."""
     _tokens_per_s: float
     _deadline: float
     num_groups: dataclasses.InitVar[int]
@@ -153,10 +157,13 @@ class Prefetcher:
         if self._full and begin and not slots[0]:
             return None
         num_pages = end - max(begin, have)
-        verdict = self._judge(self._estimate(begin, end), 2, num_pages, tokens_per_s, now)
+        trips = 1 + self._num_batches(end - begin)
+        verdict = self._judge(self._estimate(begin, end), trips, num_pages, tokens_per_s, now)
         if verdict is Verdict.RECOMPUTE:
             self.num_judged_slow += 1
             return None
+        if verdict is Verdict.LOAD and not self._is_worth_asking(chain, begin, have, tokens_per_s):
+            verdict = Verdict.PROBE
         if verdict is Verdict.PROBE:
             del chain[begin + self._limits.probe_pages :]
         prefetch = Prefetch(
@@ -180,13 +187,38 @@ class Prefetcher:
             for g, size in enumerate(self._page_bytes)
         )
 
+    def _num_batches(self, num_pages: int) -> int:
+        return -(-num_pages // self._batch_pages)
+
     def _judge(
         self, num_bytes: int, trips: int, num_pages: int, tokens_per_s: float, now: float
     ) -> Verdict:
-        queued = self._operations.bytes_in_flight[OpKind.GET]
-        queued += sum(prefetch._unread_bytes for prefetch in self._active)
+        operations = self._operations
+        num_bytes += sum(prefetch._unread_bytes for prefetch in self._active)
         num_tokens = num_pages * self._index.page_tokens
-        return self._operations.cost.judge(queued + num_bytes, trips, num_tokens, tokens_per_s, now)
+        return operations.cost.judge(
+            num_bytes,
+            trips,
+            num_tokens,
+            tokens_per_s,
+            now,
+            operations.bytes_in_flight[OpKind.GET],
+            operations.reading_since(),
+        )
+
+    def _is_worth_asking(
+        self, chain: list[bytes], begin: int, have: int, tokens_per_s: float
+    ) -> bool:
+        """Whether a request should wait for the answer: it may be that nothing is there, or that
+        storage fails again."""
+        if not tokens_per_s:
+            return True
+        if self._operations.breaker.state is not BreakerState.CLOSED:
+            return False
+        if self._hints.groups(chain[max(begin, have)]):
+            return True
+        computing_s = (len(chain) - max(begin, have)) * self._index.page_tokens / tokens_per_s
+        return self._operations.cost.latency_s <= _ASKING_SHARE * computing_s
 
     def _keep(self, prefetch: Prefetch, first: int) -> None:
         """Hold what the rest of a prefetch continues: of full groups the pages from `first` on, and
@@ -293,7 +325,8 @@ class Prefetcher:
             and not prefetch._batches
             and prefetch.num_pages == prefetch._begin
         ):
-            verdict = self._judge(num_bytes, 1, num_gained, prefetch._tokens_per_s, now)
+            trips = self._num_batches(num_pages)
+            verdict = self._judge(num_bytes, trips, num_gained, prefetch._tokens_per_s, now)
             if verdict is Verdict.RECOMPUTE:
                 self.num_judged_slow += 1
                 prefetch.target = prefetch._next = prefetch.num_pages

@@ -1,9 +1,9 @@
 """A leader's use of its node's host tier: pages copied out when they are worth keeping, and copied
-in for requests that would otherwise compute them.
+in for requests that would otherwise compute them, where that is sooner (hicache/load_cost.py).
 
 Pure. The keeper (hicache/keeper.py) says where the pages are, or may go; the replica's ranks copy
 (`CopyPages` -> `PagesCopied`). A request that its keeper may have pages for is `fetch`ed before it
-is queued for the batch, in order of arrival: `ready` is called when what can be had of its prefix
+is queued for the batch, in its turn: `ready` is called when what can be had of its prefix
 is in the device tier, as ordinary cache, or when it is not worth waiting for. Whatever fails or
 takes too long is a miss, and the request is computed.
 
@@ -23,9 +23,11 @@ import msgspec
 import numpy as np
 
 from hicache.index import PageIndex
+from hicache.load_cost import LoadCost, Verdict
 from hicache.messages import Close, Copied, Find, Found, FromKeeper, Offer, Room, Take
 from hicache.writes import SelectiveWrites
 from pd.engine.scheduler import Scheduler, Tracked
+from pd.engine.turns import NEVER, Turn
 from pd.events import CopyPages, Effect, PagesCopied, Warn
 from pd.messages import AnyMessage, Int32Array, unpack_ints
 from pd.spec import CacheSpec, StorageCacheSpec
@@ -38,7 +40,9 @@ _READ_S = 60.0
 _QUIET_S = 10.0
 """How often the keeper hears that nothing is open, in case that it was not told so."""
 _MAX_FETCHES = 256
-_FORGET = 0.8
+_PROBE_S = 10.0
+_PROBE_PAGES = 32
+"""What is thought slower than computing is measured again with so many pages, so often."""
 _SPARE_SHARE = 0.125
 """Of the device pool: with write_back, what may be evicted without notice."""
 _CHAINS_KEPT = 2
@@ -61,6 +65,8 @@ class _Fetch:
     hashes: list[bytes]
     have: int
     """Of these, so many were in the device tier."""
+    tenant: str
+    tokens_per_s: float
     deadline: float
     found: Found | None = None
     asked_to_end: bool = False
@@ -69,6 +75,9 @@ class _Fetch:
     begin: int = 0
     """The first page copied."""
     is_copying: bool = False
+    started_at: float = 0.0
+    num_bytes: int = 0
+    """While copying."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -112,8 +121,8 @@ class Caching:
         self.seconds_in = 0.0
         self.seconds_out = 0.0
         self.dropped_offers = 0
-        self.lacks_pages_since = math.inf
-        """Arrival of the first request that finds no device pages to copy to."""
+        self.lacks_pages_since = NEVER
+        """Turn of the first request that finds no device pages to copy to."""
         self._scheduler = scheduler
         self._index = index
         self._groups = groups
@@ -144,9 +153,11 @@ class Caching:
         self._num_offered = 0
         self._max_offered = int(self._pool_pages * _OFFERED_SHARE)
         self._num_copying = 0
+        """Fetches that requests wait for."""
         self._quiet_since = 0.0
-        self._speed = RecentRate(_FORGET)
-        """Of copies to the device, in bytes."""
+        self._cost = LoadCost(_PROBE_S)
+        """Of copies to the device; until there was one, copies from there."""
+        self._copied_in_at = -math.inf
 
     # ----------------------------------------------------------------------------------- the keeper
 
@@ -200,7 +211,10 @@ class Caching:
         if have == len(hashes):
             return False
         serial, arrived_at = self._next_serial(), sequence.arrived_at
-        fetch = _Fetch(serial, sequence, arrived_at, hashes, have, now + _ANSWER_S)
+        deadline = now + _ANSWER_S
+        fetch = _Fetch(
+            serial, sequence, arrived_at, hashes, have, sequence.tenant, tokens_per_s, deadline
+        )
         self._open[serial] = self._by_sequence[sequence] = fetch
         bisect.insort(self._queue, fetch, key=lambda each: each.arrived_at)
         chain = b"".join(hashes)
@@ -218,7 +232,9 @@ class Caching:
         fetch = self._by_sequence.pop(sequence, None)
         if fetch is not None:
             fetch.sequence = None
-            if not fetch.is_copying:
+            if fetch.is_copying:
+                self._num_copying -= 1
+            else:
                 self._end(fetch)
 
     def _found(self, fetch: _Fetch, message: Found, now: float) -> None:
@@ -231,35 +247,43 @@ class Caching:
             return  # unsound: as if it had not come
         if fetch.found is None:
             fetch.deadline = now + self._patience(
-                len(fetch.hashes) - max(message.num_pages, fetch.have)
+                len(fetch.hashes) - max(message.num_pages, fetch.have), fetch.tokens_per_s
             )
         fetch.found = message
 
-    def _patience(self, num_pages: int) -> float:
+    def _patience(self, num_pages: int, tokens_per_s: float) -> float:
+        """How long storage is waited for that may bring so many pages: never longer than it takes
+        to compute them."""
+        num_tokens = num_pages * self._page_tokens
+        longest = min(_READ_S, num_tokens / tokens_per_s) if tokens_per_s else _READ_S
         if self._storage.prefetch != "timeout":
-            return _READ_S
-        thousands = num_pages * self._page_tokens / 1000
-        patience = thousands * self._storage.prefetch_timeout_per_1k
-        return min(_READ_S, self._storage.prefetch_timeout + patience)
+            return longest
+        patience = num_tokens / 1000 * self._storage.prefetch_timeout_per_1k
+        return min(longest, self._storage.prefetch_timeout + patience)
 
     def advance(self, tokens_per_s: float, now: float) -> None:
         """Begin the copies of those that come next, as many as could be started soon."""
-        self.lacks_pages_since = math.inf
+        self.lacks_pages_since = NEVER
         room = self._scheduler.num_free_rows + 1 - self._num_copying
-        for fetch in list(self._queue):
-            if self._scheduler.num_waiting_before(fetch.arrived_at) >= room:
+        for fetch in sorted(self._queue, key=lambda each: self._turn(each, now)):
+            if self._scheduler.num_waiting_before(self._turn(fetch, now), room, now) >= room:
                 return
             if fetch.found is None:
                 room -= 1
             elif fetch.found.is_last:
                 room -= 1
-                self._copy_in(fetch, fetch.found, tokens_per_s)
-                if self.lacks_pages_since < math.inf:
+                self._copy_in(fetch, fetch.found, tokens_per_s, now)
+                if self.lacks_pages_since < NEVER:
                     return  # what there is is for this one
             elif self._storage.prefetch == "best_effort":
                 room -= 1
                 self._ask_to_end(fetch, now)
             # Any other waits for storage, and needs no row soon.
+
+    def _turn(self, fetch: _Fetch, now: float) -> Turn:
+        """Of one in the queue."""
+        assert fetch.sequence is not None
+        return self._scheduler.turns.of(fetch.sequence, now)
 
     def _ask_to_end(self, fetch: _Fetch, now: float) -> None:
         if not fetch.asked_to_end:
@@ -267,17 +291,23 @@ class Caching:
             fetch.deadline = now + _ANSWER_S
             self._tell(fetch.serial, Take)
 
-    def _copy_in(self, fetch: _Fetch, found: Found, tokens_per_s: float) -> None:
+    def _copy_in(self, fetch: _Fetch, found: Found, tokens_per_s: float, now: float) -> None:
         hashes = fetch.hashes[: found.num_pages]
         begin = self._index.match(hashes)
         host = [unpack_ints(slots)[begin:] for slots in found.slots]
-        # What follows the last page that is not there; of a sliding group the last window.
-        firsts = [int(np.flatnonzero(slots < 0).max(initial=-1)) + 1 for slots in host]
-        counts = [len(slots) - first for slots, first in zip(host, firsts, strict=True)]
+        firsts, counts = _wanted(host)
         num_tokens = (len(hashes) - begin) * self._page_tokens
-        if not num_tokens or self._is_slow(self._bytes(counts), num_tokens, tokens_per_s):
+        verdict = Verdict.RECOMPUTE
+        if num_tokens:
+            verdict = self._judge(self._bytes(counts), num_tokens, tokens_per_s, now)
+        if verdict is Verdict.RECOMPUTE:
             self._end(fetch)
             return
+        is_probe = verdict is Verdict.PROBE
+        if is_probe and not all(group.kind == "sliding" for group in self._groups):
+            del hashes[begin + _PROBE_PAGES :]
+            host = [slots[:_PROBE_PAGES] for slots in host]
+            firsts, counts = _wanted(host)
         # What comes before must not make room for what follows.
         fetch.slots = self._index.acquire(hashes[:begin])
         first_pages = [begin + first for first in firsts]
@@ -285,7 +315,10 @@ class Caching:
             for g, acquired in enumerate(fetch.slots):
                 self._index.release(g, acquired)
             fetch.slots = []
-            self.lacks_pages_since = fetch.arrived_at
+            if is_probe:
+                self._end(fetch)
+            else:
+                self.lacks_pages_since = self._turn(fetch, now)
             return
         for g, wanted in enumerate(host):
             slots = self._index.allocate(g, counts[g], first_pages[g])
@@ -293,29 +326,43 @@ class Caching:
             fetch.slots[g] += [-1] * firsts[g] + slots
             host[g] = np.where(np.arange(len(wanted)) < firsts[g], -1, wanted)
         fetch.hashes, fetch.begin = hashes, begin
+        fetch.started_at, fetch.num_bytes = now, self._bytes(counts)
+        # Whatever was predicted, it is waited for no longer than computing takes.
+        fetch.deadline = now + (num_tokens / tokens_per_s if tokens_per_s else math.inf)
         self._queue.remove(fetch)
         self._num_copying += 1
         self._copy(fetch, [slots[begin:] for slots in fetch.slots], host, to_host=False)
+        if is_probe:
+            self._let_go(fetch)
 
-    def _is_slow(self, num_bytes: int, num_tokens: int, tokens_per_s: float) -> bool:
-        """Whether copying takes longer than computing."""
-        bytes_per_s = self._speed.per_s
-        if not tokens_per_s or not bytes_per_s:
-            return False
-        return num_bytes / bytes_per_s >= num_tokens / tokens_per_s
+    def _judge(self, num_bytes: int, num_tokens: int, tokens_per_s: float, now: float) -> Verdict:
+        copying = [each for each in self._copies.values() if isinstance(each, _Fetch)]
+        queued = sum(each.num_bytes for each in copying)
+        since = min((each.started_at for each in copying), default=now)
+        return self._cost.judge(num_bytes, 1, num_tokens, tokens_per_s, now, queued, since)
 
-    def _copied_in(self, fetch: _Fetch, event: PagesCopied) -> None:
-        self._num_copying -= 1
+    def _let_go(self, fetch: _Fetch) -> None:
+        """Its request goes on without its pages, while they are still copied."""
+        assert fetch.sequence is not None
+        sequence = fetch.sequence
+        self.leave(sequence)
+        sequence.is_fetched = True
+        self._ready(sequence)
+
+    def _copied_in(self, fetch: _Fetch, event: PagesCopied, now: float) -> None:
+        self._num_copying -= fetch.sequence is not None
         begin, hashes, slots = fetch.begin, fetch.hashes, fetch.slots
         if event.error is None:
-            self._speed.measured(event.bytes_moved, event.seconds)
+            if fetch.started_at >= self._copied_in_at:  # it did not wait for another one
+                self._cost.add_trip(max(0.0, now - fetch.started_at - event.seconds))
+            self._cost.add_read(event.bytes_moved, now - event.seconds, now)
+            self._copied_in_at = now
             self.pages_in += len(hashes) - begin
             self.bytes_in += event.bytes_moved
             self.seconds_in += event.seconds
             parent = hashes[begin - 1] if begin else b""
-            tenant = fetch.sequence.tenant if fetch.sequence is not None else ""
             new = [pages[begin:] for pages in slots]
-            self._index.insert(parent, hashes[begin:], new, begin, tenant or None)
+            self._index.insert(parent, hashes[begin:], new, begin, fetch.tenant or None)
             if fetch.sequence is not None and fetch.found is not None:
                 num_read = min(fetch.found.num_read, len(hashes) - begin)
                 fetch.sequence.host_tokens = (len(hashes) - begin) * self._page_tokens
@@ -409,8 +456,10 @@ class Caching:
             return
         self._copy(offer, device, host, to_host=True)
 
-    def _copied_out(self, offer: _Offering, event: PagesCopied) -> None:
+    def _copied_out(self, offer: _Offering, event: PagesCopied, now: float) -> None:
         if event.error is None:
+            if not self._cost.reads.bytes_per_s:
+                self._cost.add_read(event.bytes_moved, now - event.seconds, now)
             self.pages_out += offer.count
             self.bytes_out += event.bytes_moved
             self.seconds_out += event.seconds
@@ -439,15 +488,15 @@ class Caching:
         host_pages = tuple(pages[which] for pages, which in zip(host, chosen, strict=True))
         self._emit(CopyPages(copy_id, device_pages, host_pages, to_host))
 
-    def copied(self, event: PagesCopied) -> None:
+    def copied(self, event: PagesCopied, now: float) -> None:
         exchange = self._copies.pop(event.copy_id)
         exchange.is_copying = False
         if event.error is not None:
             self._emit(Warn(f"a copy between device and host tier failed: {event.error}"))
         if isinstance(exchange, _Fetch):
-            self._copied_in(exchange, event)
+            self._copied_in(exchange, event, now)
         else:
-            self._copied_out(exchange, event)
+            self._copied_out(exchange, event, now)
 
     def _bytes(self, counts: Sequence[int]) -> int:
         return sum(n * size for n, size in zip(counts, self._page_bytes, strict=True))
@@ -475,9 +524,12 @@ class Caching:
         for exchange in list(self._open.values()):
             if not exchange.deadline:
                 exchange.deadline = now + _ANSWER_S
-            if now < exchange.deadline or exchange.is_copying:
+            if now < exchange.deadline:
                 continue
-            if isinstance(exchange, _Offering) or exchange.found is None:
+            if exchange.is_copying:
+                if isinstance(exchange, _Fetch) and exchange.sequence is not None:
+                    self._let_go(exchange)
+            elif isinstance(exchange, _Offering) or exchange.found is None:
                 self._end(exchange)
             elif not exchange.found.is_last:
                 if exchange.asked_to_end:  # there was no answer: use what was found at first
@@ -510,8 +562,15 @@ class Caching:
         assert set(self._queue) == {each for each in fetches if not each.is_copying}
         copying = {each for each in self._open.values() if each.is_copying}
         assert set(self._copies.values()) == copying, "a copy belongs to nothing"
-        assert self._num_copying == sum(each.is_copying for each in fetches)
+        assert self._num_copying == sum(each.is_copying for each in waiting.values())
         assert self._num_offered == sum(each.new for each in offers)
+
+
+def _wanted(host: Sequence[Int32Array]) -> tuple[list[int], list[int]]:
+    """By layer group, of slots: what follows the last page that is not there (of a sliding group
+    the last window), as the place of the first and the number."""
+    firsts = [int(np.flatnonzero(slots < 0).max(initial=-1)) + 1 for slots in host]
+    return firsts, [len(slots) - first for slots, first in zip(host, firsts, strict=True)]
 
 
 def _first_held(pages: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 from pd.messages import AnyMessage, Generate, PrefillDone, Reserve
+from pd.spec import MAX_PRIORITIES
 from transfer.layout import LayerGroup
 
 _HASH_BYTES = 32
@@ -44,6 +45,7 @@ def _is_prompt_sound(message: Generate | Reserve, page_tokens: int) -> bool:
         and math.isfinite(message.timeout_s)
         and len(message.tenant) <= _MAX_TENANT_LENGTH
         and 0 <= message.num_delivered < num_tokens
+        and 0 <= message.priority < MAX_PRIORITIES
     )
 
 

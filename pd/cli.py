@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pd.bench.commands import bench
+from pd.command import DEFAULT_URL, AsJson, Failure, Key, SpecPath, Url, load_spec, make_console
+from pd.simulate.command import simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from pd.cost import Cost, RankParts
     from pd.spec import ClusterSpec, Role
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+_FOLLOW_S = 0.5
 
 app = typer.Typer(
     name="pd",
@@ -31,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 cache = typer.Typer(
     help="The tiers of a running cluster's cache: pages, hits, storage.",
@@ -39,22 +43,11 @@ cache = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A cluster spec (YAML).")]
-Url = Annotated[str, typer.Option(help="A running server.")]
-Key = Annotated[str, typer.Option(envvar="PAGERELAY_API_KEY", help="API key.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class _Failure(Exception):
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
 
 def main() -> None:
     try:
         app()
-    except _Failure as failure:
+    except Failure as failure:
         print(f"pd: {failure}", file=sys.stderr)
         sys.exit(failure.code)
     except KeyboardInterrupt:
@@ -62,21 +55,6 @@ def main() -> None:
     except BrokenPipeError:  # `pd status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _load_spec(path: Path) -> ClusterSpec:
-    from pd.spec import SpecError, load_spec
-
-    try:
-        return load_spec(path)
-    except SpecError as error:
-        raise _Failure(str(error).replace("\n", "\npd: "), 2) from error
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, soft_wrap=True)
 
 
 # -------------------------------------------------------------------------------------------- serve
@@ -87,15 +65,24 @@ def serve(
     spec: SpecPath,
     host: Annotated[str | None, typer.Option(help="Instead of api.host.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of api.port.")] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(help="End what an earlier `pd serve` has left, instead of adopting it."),
+    ] = False,
 ) -> None:
-    """Start a cluster and serve until Ctrl-C or SIGTERM."""
-    loaded = _load_spec(spec)
+    """Start a cluster and serve until Ctrl-C or SIGTERM.
+
+    On a Ray cluster that runs anyway, processes of an earlier `pd serve` that was killed are
+    adopted, and changed to what SPEC says.
+    """
+    loaded = load_spec(spec)
     changes = {"host": host, "port": port}
     api = loaded.api.model_copy(update={k: v for k, v in changes.items() if v is not None})
     loaded = loaded.model_copy(update={"api": api})
 
-    from pd.cluster.controller import StartError
-    from pd.cluster.controller import serve as run
+    from pd.cluster.controller import TakenOverError
+    from pd.cluster.serve import serve as run
+    from pd.cluster.unit import StartError
     from pd.cost import UnsupportedModelError
     from pd.models import ModelError
     from pd.spec import SpecError
@@ -108,11 +95,79 @@ def serve(
         print(f"ready: {url} ({loaded.name}: {shape})", flush=True)
 
     try:
-        run(loaded, progress, ready)
+        run(loaded, progress, ready, replace)
     except (SpecError, ModelError, UnsupportedModelError) as error:
-        raise _Failure(str(error), 2) from error
-    except StartError as error:
-        raise _Failure(str(error)) from error
+        raise Failure(str(error), 2) from error
+    except (StartError, TakenOverError) as error:
+        raise Failure(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------ reload, drain
+
+Wait = Annotated[bool, typer.Option(help="Until all replicas are as they should be.")]
+
+
+@app.command()
+def reload(spec: SpecPath, url: Url = DEFAULT_URL, key: Key = "", wait: Wait = True) -> None:
+    """Have a running cluster follow a changed spec, without failing a request.
+
+    What can change in place does, such as numbers of replicas, router, objectives and API keys.
+    Replicas for which anything else has changed are replaced, one of each role at a time.
+    """
+    body = {"spec": load_spec(spec).model_dump(mode="json", exclude_unset=True)}
+    changes = _order("reload", body, url, key)["changes"]
+    print(f"changed: {', '.join(changes)}" if changes else "nothing has changed")
+    if wait:
+        _follow(url, key)
+
+
+@app.command()
+def drain(
+    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="Such as decode-0.")],
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    wait: Wait = True,
+) -> None:
+    """Replace a replica by a fresh one; its requests go on there or elsewhere, with their pages."""
+    _order("drain", {"replica": replica}, url, key)
+    if wait:
+        _follow(url, key)
+
+
+def _order(action: str, body: Any, url: str, key: str) -> Any:
+    from pd.http_client import HttpError, send_json
+
+    try:
+        return send_json("POST", f"{_base(url)}/admin/{action}", body, key, timeout_s=40.0)
+    except HttpError as error:
+        raise Failure(str(error)) from error
+
+
+def _follow(url: str, key: str) -> None:
+    """Print what happens to the units until nothing does any more."""
+    from pd.http_client import HttpError, get_json
+
+    seen: dict[str, str] | None = None
+    while True:
+        try:
+            state = get_json(f"{_base(url)}/admin/status", key)["controller"]
+        except HttpError as error:
+            raise Failure(str(error)) from error
+        phases = {unit["name"]: unit["phase"] for unit in state["units"]}
+        if seen is not None:
+            for name in sorted({*phases, *seen}):
+                if phases.get(name) != seen.get(name):
+                    print(f"  {name}: {phases.get(name, 'gone')}", file=sys.stderr, flush=True)
+        seen = phases
+        if state["settled"]:
+            print(f"running: {_count_roles(state['units'])}")
+            return
+        time.sleep(_FOLLOW_S)
+
+
+def _count_roles(units: list[dict[str, str]]) -> str:
+    roles = [unit["role"] for unit in units if unit["role"] not in ("api", "cache")]
+    return ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
 
 
 # -------------------------------------------------------------------------------------------- check
@@ -121,7 +176,7 @@ def serve(
 @app.command()
 def check(spec: SpecPath, as_json: AsJson = False) -> None:
     """Print the resolved spec and what it costs: ranks, pages, memory, the longest context."""
-    loaded = _load_spec(spec)
+    loaded = load_spec(spec)
     from pd.cost import UnsupportedModelError, describe, estimate_cost, load_config, weights_bytes
     from pd.models import ModelError, resolve_model
     from pd.spec import SpecError
@@ -136,7 +191,7 @@ def check(spec: SpecPath, as_json: AsJson = False) -> None:
         parts = _rank_parts(loaded, config)
         cost = estimate_cost(loaded, config, weights, _free_memory(loaded), parts)
     except (SpecError, ModelError, UnsupportedModelError) as error:
-        raise _Failure(f"{spec}: {error}", 2) from error
+        raise Failure(f"{spec}: {error}", 2) from error
     resolved = loaded.model_dump(mode="json")
     resolved["api"]["keys"] = ["***"] * len(loaded.api.keys)
     resolved["api"]["tenants"] = {
@@ -148,7 +203,7 @@ def check(spec: SpecPath, as_json: AsJson = False) -> None:
     import yaml
 
     print(yaml.safe_dump(resolved, sort_keys=False, default_flow_style=False))
-    _print_cost(cost, _console())
+    _print_cost(cost, make_console())
 
 
 def _rank_parts(spec: ClusterSpec, config: Any) -> dict[Role, RankParts]:
@@ -264,7 +319,7 @@ def status(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) -> No
     try:
         answer = get_json(f"{_base(url)}/admin/status", key)
     except HttpError as error:
-        raise _Failure(str(error)) from error
+        raise Failure(str(error)) from error
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -281,9 +336,17 @@ def status(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) -> No
             str(replica["running"]),
             "   ".join(pages),
         )
-    console = _console()
+    console = make_console()
     console.print(f"[bold]{answer['model']}[/bold] at {_base(url)}", highlight=False)
     console.print(table)
+    state = answer.get("controller")
+    if state and not state["settled"]:
+        console.print("not as it should be:", style="yellow")
+        for unit in state["units"]:
+            if unit["phase"] != "running":
+                console.print(f"  {unit['name']}: {unit['phase']}", highlight=False)
+        wanted = ", ".join(f"{count} {role}" for role, count in state["desired"].items())
+        console.print(f"  wanted: {wanted}", highlight=False)
 
 
 def _base(url: str) -> str:
@@ -304,20 +367,20 @@ def show_cache(
         given = [n for n in ("url", "key", "as_json") if _is_typed(context, n)]
         if given:
             option = given[0].removeprefix("as_")
-            raise _Failure(f"--{option}: expected after {context.invoked_subcommand}", 2)
+            raise Failure(f"--{option}: expected after {context.invoked_subcommand}", 2)
         return
     from pd.http_client import HttpError, get_json
 
     try:
         answer = get_json(f"{_base(url)}/cache", key, timeout_s=15.0)
     except HttpError as error:
-        raise _Failure(str(error)) from error
+        raise Failure(str(error)) from error
     if as_json:
         print(json.dumps(answer, indent=2))
         return
     from pd.cache_report import print_cache
 
-    console = _console()
+    console = make_console()
     console.print(f"[bold]{answer['model']}[/bold] at {_base(url)}", highlight=False)
     print_cache(answer, console)
 
@@ -356,9 +419,9 @@ def cache_attach(
     for each in option:
         name, equals, value = each.partition("=")
         if not name or not equals:
-            raise _Failure(f"--option: found {each!r}, expected KEY=VALUE", 2)
+            raise Failure(f"--option: found {each!r}, expected KEY=VALUE", 2)
         if name in options:
-            raise _Failure(f"--option: {name} is given twice", 2)
+            raise Failure(f"--option: {name} is given twice", 2)
         options[name] = value
     body = {"backend": backend, "options": options}
     done = _change_cache("POST", "/cache/storage", body, keeper, url, key, timeout_s=70.0)
@@ -397,7 +460,7 @@ def _change_cache(
     try:
         answer = send_json(method, f"{_base(url)}{path}{query}", body, key, timeout_s)
     except HttpError as error:
-        raise _Failure(str(error)) from error
+        raise Failure(str(error)) from error
     return list(answer["keepers"])
 
 
@@ -426,9 +489,9 @@ def chat(
     try:
         model = model or str(get_json(f"{base}/v1/models", key)["data"][0]["id"])
     except HttpError as error:
-        raise _Failure(str(error)) from error
+        raise Failure(str(error)) from error
     except (KeyError, IndexError, TypeError):
-        raise _Failure(f"{base}/v1/models: not an OpenAI-compatible answer") from None
+        raise Failure(f"{base}/v1/models: not an OpenAI-compatible answer") from None
     if sys.stdin.isatty():
         import readline  # noqa: F401  # line editing and history
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
@@ -486,430 +549,6 @@ def _print_answer(url: str, body: dict[str, Any], key: str) -> tuple[str, str]:
         print(" [stopped]", end="")
     print()
     return "".join(parts), error
-
-
-# -------------------------------------------------------------------------------------------- bench
-
-
-@bench.command("serve")
-def bench_serve(
-    url: Url = DEFAULT_URL,
-    compare: Annotated[str, typer.Option(help="A second server, under the same load.")] = "",
-    key: Key = "",
-    model: Annotated[str, typer.Option(help="Default: the server's first.")] = "",
-    concurrency: Annotated[str, typer.Option(help="Closed loop: requests at once.")] = "1,16",
-    rate: Annotated[
-        float | None, typer.Option(help="Open loop: Poisson arrivals, requests a second.")
-    ] = None,
-    num_requests: Annotated[int, typer.Option(min=1, help="For each load.")] = 64,
-    prompt_len: Annotated[
-        str, typer.Option(help="Tokens: N, uniform:A:B or lognormal:MEAN:SIGMA.")
-    ] = "512",
-    output_len: Annotated[str, typer.Option(help="Likewise.")] = "64",
-    trace: Annotated[
-        Path | None, typer.Option(help="Mooncake JSONL: arrival times and lengths.")
-    ] = None,
-    vocab_size: Annotated[
-        int, typer.Option(min=0, help="For prompts; 0: as the server says, else 1,000.")
-    ] = 0,
-    seed: int = 0,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests before each load.")] = 2,
-    deadline: Annotated[float, typer.Option(min=0.001, help="Seconds for a request.")] = 300.0,
-    extra_body: Annotated[str, typer.Option(help="JSON merged into each request.")] = "{}",
-    json_file: Annotated[
-        str, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
-    ] = "",
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the distributions.")
-    ] = None,
-) -> None:
-    """Load any OpenAI-compatible server: TTFT, TPOT, ITL, end-to-end, throughput."""
-    from pd.bench.errors import BenchError
-    from pd.bench.report import plot_report, print_report
-    from pd.bench.serve import BenchOptions, parse_lengths, run_bench
-
-    try:
-        if rate is not None and rate <= 0:
-            raise BenchError(f"--rate: found {rate}, expected a number above 0")
-        options = BenchOptions(
-            url=url,
-            compare=compare,
-            model=model,
-            key=key,
-            concurrency=_parse_concurrency(concurrency),
-            rate=rate,
-            num_requests=num_requests,
-            prompt_lengths=parse_lengths(prompt_len),
-            output_lengths=parse_lengths(output_len),
-            trace=trace,
-            vocab_size=vocab_size,
-            seed=seed,
-            warmup=warmup,
-            deadline_s=deadline,
-            extra=_parse_extra(extra_body),
-        )
-    except BenchError as error:
-        raise _Failure(str(error), 2) from error
-
-    import uvloop
-    from rich.progress import Progress
-
-    console = _console(stderr=json_file == "-")
-    bar = _console(stderr=True)
-    quiet = not bar.is_terminal
-    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
-
-        def on_start(title: str, total: int) -> Any:
-            task = progress.add_task(title, total=total)
-            return lambda _: progress.advance(task)
-
-        try:
-            report = uvloop.run(run_bench(options, on_start))
-        except BenchError as error:
-            raise _Failure(str(error)) from error
-    print_report(report, console)
-    text = json.dumps(report.to_json(), indent=2) + "\n"
-    try:
-        if json_file == "-":
-            print(text, end="")
-        elif json_file:
-            Path(json_file).write_text(text)
-        if plot:
-            plot_report(report, plot)
-    except (OSError, BenchError) as error:
-        raise _Failure(str(error)) from error
-    if report.interrupted:
-        raise typer.Exit(130)
-    if all(run.summary.num_ok == 0 for run in report.runs):
-        raise _Failure("no request succeeded")
-
-
-def _parse_concurrency(text: str) -> tuple[int, ...]:
-    from pd.bench.errors import BenchError
-
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise BenchError(f"--concurrency: found {text!r}, expected numbers such as 1,16")
-    return numbers
-
-
-def _parse_extra(text: str) -> dict[str, Any]:
-    from pd.bench.errors import BenchError
-
-    try:
-        extra = json.loads(text)
-    except ValueError:
-        extra = None
-    if not isinstance(extra, dict):
-        raise BenchError(f"--extra-body: found {text!r}, expected a JSON object")
-    return extra
-
-
-@bench.command("transfer")
-def bench_transfer(
-    backend: Annotated[
-        list[str], typer.Option(help="nixl, shm, mooncake or ipc; may be given again.")
-    ] = ["nixl"],  # noqa: B006
-    pair: Annotated[
-        list[str], typer.Option(help="Source and target, as tp2pp2:cp4; may be given again.")
-    ] = ["tp1:tp1", "tp8:tp4"],  # noqa: B006
-    page_tokens: Annotated[
-        list[int], typer.Option(min=1, help="Tokens in a page; may be given again.")
-    ] = [64, 16],  # noqa: B006
-    pool: Annotated[
-        list[str],
-        typer.Option(help="page-first, layer-first or '4 KiB pages'; may be given again."),
-    ] = ["page-first", "layer-first", "4 KiB pages"],  # noqa: B006
-    tokens: Annotated[
-        list[int],
-        typer.Option(
-            min=1, help="Of a handover; may be given again. Default: 1,024, and all that fit."
-        ),
-    ] = [],  # noqa: B006
-    size: Annotated[
-        str, typer.Option("--bytes", help="Of the pages in all pools of a side.")
-    ] = "1GiB",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    layers: Annotated[int, typer.Option(min=1)] = 36,
-    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
-    head_dim: Annotated[int, typer.Option(min=1)] = 128,
-    latent: Annotated[bool, typer.Option("--latent", help="MLA: one head, one plane.")] = False,
-    option: Annotated[
-        list[str], typer.Option(metavar="KEY=VALUE", help="Of the backend; may be given again.")
-    ] = [],  # noqa: B006
-    seed: int = 0,
-    as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the rates.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write transfer.json and transfer.txt.")
-    ] = None,
-) -> None:
-    """Move pages between two processes: rate, time and pieces, beside the machine's own copy."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from pd.bench.errors import BenchError
-    from pd.bench.transfer import TransferOptions, plan_cases, run_transfer_bench
-    from pd.bench.transfer_report import WIDTH, plot_transfer_report, print_transfer_report
-    from pd.spec import parse_bytes
-
-    try:
-        if device not in ("cpu", "cuda"):
-            raise BenchError(f"--device: found {device!r}, expected cpu or cuda")
-        try:
-            pool_bytes = parse_bytes(size)
-        except ValueError as error:
-            raise BenchError(f"--bytes: found {size!r}, {error}") from error
-        options = TransferOptions(
-            backends=tuple(backend),
-            pairs=tuple(pair),
-            page_tokens=tuple(page_tokens),
-            pools=tuple(pool),
-            tokens=tuple(tokens),
-            pool_bytes=pool_bytes,
-            device="cuda" if device == "cuda" else "cpu",
-            repeats=repeats,
-            layers=layers,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            latent=latent,
-            options=tuple(option),
-            seed=seed,
-        )
-        plan_cases(options)
-    except BenchError as error:
-        raise _Failure(str(error), 2) from error
-
-    bar = _console(stderr=True)
-    quiet = not bar.is_terminal
-    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
-        task = progress.add_task("starting", total=None)
-        rows = -1
-
-        def on_row(title: str, total: int) -> None:
-            nonlocal rows
-            rows += 1
-            progress.update(task, description=title, total=total, completed=rows)
-
-        try:
-            report = run_transfer_bench(options, on_row)
-        except BenchError as error:
-            raise _Failure(str(error)) from error
-    text = json.dumps(report.to_json(), indent=2) + "\n"
-    if as_json:
-        print(text, end="")
-    else:
-        width = max(WIDTH, _console().width)
-        print_transfer_report(report, Console(width=width, soft_wrap=True))
-    try:
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "transfer.json").write_text(text)
-            with (out / "transfer.txt").open("w") as file:
-                print_transfer_report(report, Console(file=file, width=WIDTH))
-        if plot:
-            plot_transfer_report(report, plot)
-    except (OSError, BenchError) as error:
-        raise _Failure(str(error)) from error
-    if report.interrupted:
-        raise typer.Exit(130)
-
-
-@bench.command("cache")
-def bench_cache(
-    page_tokens: Annotated[
-        list[int], typer.Option(min=1, help="Tokens in a page; may be given again.")
-    ] = [16, 64],  # noqa: B006
-    order: Annotated[
-        list[str],
-        typer.Option(help="lru, lfu, slru, s3fifo or cost; may be given again. Default: all."),
-    ] = [],  # noqa: B006
-    sessions: Annotated[int, typer.Option(min=1)] = 1000,
-    turns: Annotated[int, typer.Option(min=1, help="Of each session.")] = 10,
-    turn_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a turn.")] = 512,
-    rounds: Annotated[
-        bool, typer.Option("--rounds", help="All sessions' first turns, then the second ones...")
-    ] = False,
-    seed: int = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Time the page index on conversations: a turn's median and p99, with ample and scarce room."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from pd.bench.cache import (
-        WIDTH,
-        CacheOptions,
-        check_options,
-        print_cache_report,
-        run_cache_bench,
-    )
-    from pd.bench.errors import BenchError
-
-    try:
-        options = CacheOptions(
-            sessions=sessions,
-            turns=turns,
-            turn_tokens=turn_tokens,
-            page_tokens=tuple(page_tokens),
-            orders=tuple(order) or CacheOptions().orders,
-            interleaving="rounds" if rounds else "random",
-            seed=seed,
-        )
-        check_options(options)
-    except BenchError as error:
-        raise _Failure(str(error), 2) from error
-    bar = _console(stderr=True)
-    quiet = not bar.is_terminal
-    with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
-        task = progress.add_task("starting", total=options.num_rows)
-        report = run_cache_bench(
-            options, lambda title, done: progress.update(task, description=title, completed=done)
-        )
-    if as_json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        width = max(WIDTH, _console().width)
-        print_cache_report(report, Console(width=width, soft_wrap=True))
-    if report.interrupted:
-        raise typer.Exit(130)
-
-
-@bench.command("router")
-def bench_router(
-    trace: Annotated[
-        Path | None,
-        typer.Argument(metavar="[TRACE]", help="JSON lines: place these requests, by policy."),
-    ] = None,
-    policy: Annotated[
-        list[str],
-        typer.Option(
-            help="cost, prefix, least_loaded or round_robin; may be given again. Default: cost, "
-            "with a trace all."
-        ),
-    ] = [],  # noqa: B006
-    replicas: Annotated[
-        list[int],
-        typer.Option(min=1, help="May be given again. Default: 10, 100, 1000; with a trace 10."),
-    ] = [],  # noqa: B006
-    prompt_tokens: Annotated[
-        list[int], typer.Option(min=1, help="May be given again. Not with a trace.")
-    ] = [8192, 131072],  # noqa: B006
-    page_tokens: Annotated[int, typer.Option(min=1, help="Not with a trace.")] = 64,
-    decisions: Annotated[int, typer.Option(min=100, help="By row. Not with a trace.")] = 3000,
-    room: Annotated[
-        int, typer.Option(min=1, help="Tokens in each replica's device tier. With a trace.")
-    ] = 3_000_000,
-    speed: Annotated[
-        list[float],
-        typer.Option(help="Tokens a second that a replica computes. With a trace; again."),
-    ] = [10_000.0],  # noqa: B006
-    block_tokens: Annotated[int, typer.Option(min=1, help="Of the trace's blocks.")] = 512,
-    seed: int = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Time the router's decisions; or, with a trace, say what its policies would have hit."""
-    from typing import get_args
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from hicache.replay import TraceError, parse_trace
-    from pd.bench import router as bench_of
-    from pd.bench.errors import BenchError
-    from pd.bench.placement import PlacementOptions
-    from pd.router import Policy
-
-    known: tuple[Policy, ...] = get_args(Policy)
-    if strange := [name for name in policy if name not in known]:
-        expected = ", ".join(known)
-        raise _Failure(f"--policy: found {strange[0]!r}, expected one of {expected}", 2)
-    policies = tuple(name for name in known if name in policy)
-    bar = _console(stderr=True)
-    quiet = not bar.is_terminal
-    report: bench_of.RouterReport | bench_of.PlacementReport
-    try:
-        with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
-            task = progress.add_task("starting", total=None)
-
-            def on_row(title: str, done: int) -> None:
-                progress.update(task, description=title)
-
-            if trace is None:
-                options = bench_of.RouterOptions(
-                    replicas=tuple(replicas) or bench_of.RouterOptions().replicas,
-                    prompt_tokens=tuple(prompt_tokens),
-                    page_tokens=page_tokens,
-                    decisions=decisions,
-                    policy=policies[0] if policies else "cost",
-                    seed=seed,
-                )
-                report = bench_of.run_router_bench(options, on_row)
-            else:
-                placing = PlacementOptions(replicas[0] if replicas else 10, room, seed=seed)
-                with trace.open(encoding="utf-8") as lines:
-                    requests = parse_trace(lines, block_tokens)
-                report = bench_of.run_placement_bench(
-                    requests, policies or known, tuple(speed), placing, on_row
-                )
-    except (BenchError, TraceError) as error:
-        raise _Failure(str(error), 2) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Failure(f"{trace}: cannot be read: {error}", 2) from error
-    if as_json:
-        print(json.dumps(report.to_json(), indent=2))
-        return
-    console = Console(width=max(bench_of.WIDTH, _console().width), soft_wrap=True)
-    match report:
-        case bench_of.RouterReport():
-            bench_of.print_router_report(report, console)
-        case bench_of.PlacementReport():
-            bench_of.print_placement_report(report, console)
-
-
-@bench.command("multiturn")
-def bench_multiturn(
-    spec: Annotated[Path, typer.Argument(help="Its cluster is started for each set of tiers.")],
-    clients: Annotated[int, typer.Option(min=1, help="Conversations at once.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 4,
-    new_tokens: Annotated[int, typer.Option(min=1, help="That a turn adds.")] = 160,
-    output_tokens: Annotated[int, typer.Option(min=1, help="That a turn generates.")] = 16,
-    device_pages: Annotated[int, typer.Option(min=2, help="Of each replica's pool.")] = 160,
-    host_memory: Annotated[str, typer.Option(help="Of the host tier.")] = "256MiB",
-    seed: int = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Time conversations with the cache off, and with one, two and three tiers."""
-    from pd.bench.errors import BenchError
-    from pd.bench.multiturn import MultiturnOptions, print_multiturn, run_multiturn
-    from pd.bench.server import ServerError
-    from pd.http_client import HttpError
-    from pd.spec import SpecError
-
-    options = MultiturnOptions(
-        spec, clients, rounds, new_tokens, output_tokens, device_pages, host_memory, seed
-    )
-    console = _console(stderr=True)
-    try:
-        report = run_multiturn(
-            options,
-            console,
-            lambda tiers, number: console.print(f"{tiers}: round {number + 1}", highlight=False),
-        )
-    except SpecError as error:
-        raise _Failure(str(error), 2) from error
-    except (BenchError, ServerError, HttpError, ValueError) as error:
-        raise _Failure(str(error), 1) from error
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_multiturn(report, _console())
-    if not report["tokens_equal"]:
-        raise typer.Exit(1)
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -997,8 +636,8 @@ def replay(
         check_replay_options(options)
         loaded = load_trace(trace, block_tokens)
     except BenchError as error:
-        raise _Failure(str(error), 2) from error
-    bar = _console(stderr=True)
+        raise Failure(str(error), 2) from error
+    bar = make_console(stderr=True)
     quiet = not bar.is_terminal
     with Progress(console=bar, refresh_per_second=2, transient=True, disable=quiet) as progress:
         task = progress.add_task("starting", total=num_steps(loaded, options))
@@ -1010,12 +649,15 @@ def replay(
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
-        print_replay_report(report, _console())
+        print_replay_report(report, make_console())
     if plot:
         try:
             plot_replay_report(report, plot)
         except BenchError as error:
-            raise _Failure(str(error)) from error
+            raise Failure(str(error)) from error
+
+
+app.command()(simulate)
 
 
 @app.command()

@@ -84,11 +84,28 @@ class PeerDown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PeerDraining:
+    """It is to be asked for nothing new, but where it is named."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; sent several times a second."""
 
 
-Event = Received | StepDone | Written | Digested | PagesCopied | PeerUp | PeerDown | Tick
+Event = (
+    Received
+    | StepDone
+    | Written
+    | Digested
+    | PagesCopied
+    | PeerUp
+    | PeerDown
+    | PeerDraining
+    | Tick
+)
 
 # ------------------------------------------------------------------------------------------ effects
 

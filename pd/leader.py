@@ -18,10 +18,8 @@ it is done, or is known to be dead (`PeerDown`); a deadline ends the request, ne
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
@@ -31,12 +29,14 @@ from pd.caching import Caching, RecentRate
 from pd.checks import is_sound
 from pd.engine.batch import StepResult
 from pd.engine.scheduler import Scheduler, Tracked
+from pd.engine.turns import NEVER, WaitingQueue
 from pd.events import (
     Digested,
     Effect,
     Event,
     PagesCopied,
     PeerDown,
+    PeerDraining,
     PeerUp,
     Received,
     RunStep,
@@ -70,7 +70,7 @@ from pd.messages import (
 from pd.receiving import Receiving
 from pd.sending import Sending
 from pd.spec import CacheSpec, MemberRole
-from pd.speed import DecodeSpeed
+from pd.speed import DecodeSpeed, PrefillSpeed, StepTotals
 from transfer.layout import PageLayout
 from transfer.topology import Topology
 
@@ -145,14 +145,15 @@ class Leader:
         self._page_tokens = page_tokens
         self._local_prefill_tokens = local_prefill_tokens
         self._peers: dict[str, MemberRole | None] = {}
+        self._draining: set[str] = set()
         self._generations: dict[str, _Generation] = {}
         self._by_sequence: dict[Tracked, _Generation] = {}
-        self._reserving: list[_Generation] = []
-        """Waiting for pages to reserve, in order of arrival."""
+        self._reserving: WaitingQueue[Tracked] = WaitingQueue(self.scheduler.turns)
+        """Waiting for pages to reserve."""
         self._outputs: dict[str, list[Output]] = {}
         self._effects: list[Effect] = []
         self._counts = dict.fromkeys(_COUNTERS, 0)
-        self._finished = self._prefill_tokens = 0
+        self._arrived = self._finished = self._prefill_tokens = 0
         numbers = itertools.count(1)
         self._receiving = Receiving(
             self,
@@ -191,7 +192,9 @@ class Leader:
         )
         self._prefill_rate = RecentRate(_FORGET)
         """Tokens of steps that had prompts in them."""
+        self._prefill_speed = PrefillSpeed()
         self._decode_speed = DecodeSpeed()
+        self._totals = StepTotals()
         self._on_stored = on_stored
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -211,7 +214,7 @@ class Leader:
                 if not self._sending.digested(event):
                     self._receiving.digested(event, now)
             case PagesCopied():
-                self._caching.copied(event)
+                self._caching.copied(event, now)
             case PeerUp(name, role, topology):
                 self._peers[name] = role
                 if role == "cache":
@@ -220,11 +223,13 @@ class Leader:
                 self._sending.peer_up(name, topology)
             case PeerDown(name, reason):
                 self._peer_down(name, reason, now)
+            case PeerDraining(name):
+                self._draining.add(name)
             case Tick():
                 self._tick(now)
             case _:
                 assert_never(event)
-        self._caching.advance(self._prefill_rate.per_s, now)
+        self._caching.advance(self._prefill_speed.tokens_per_s, now)
         self._reserve_waiting(now)
         self._run_step(now)
         for api, outputs in self._outputs.items():
@@ -243,16 +248,17 @@ class Leader:
         waiting = [
             *self.scheduler.landed,
             *self.scheduler.waiting,
-            *(g.sequence for g in self._reserving),
+            *self._reserving,
         ]
         sending, receiving, caching = self._sending, self._receiving, self._caching
+        waiting_tokens = self._waiting_tokens(waiting)
         return ReplicaLoad(
             waiting=len(waiting) + len(caching),
             running=len(self.scheduler.running),
             handovers_in=len(receiving),
             handovers_out=len(sending),
-            waiting_tokens=sum(map(self._to_compute, waiting))
-            + sum(s.remaining for s in self.scheduler.running if s.remaining > 1),
+            waiting_tokens=sum(waiting_tokens),
+            waiting_tokens_by_priority=tuple(waiting_tokens),
             pages_free=tuple(index.num_free(g) for g in groups),
             pages_cached=tuple(index.num_cached(g) for g in groups),
             pages_used=tuple(index.num_used(g) for g in groups),
@@ -279,8 +285,25 @@ class Leader:
             pages_evicted=index.evictions,
             prefill_tokens_per_s=self._prefill_rate.per_s,
             decode_s_per_request=self._decode_speed.s_per_request,
+            arrived=self._arrived + sending.arrived,
+            prompt_step_tokens=self._totals.prompt_tokens,
+            prompt_step_s=self._totals.prompt_s,
+            decode_steps=self._totals.decode_steps,
+            decode_step_tokens=self._totals.decode_tokens,
+            decode_step_s=self._totals.decode_s,
             **self._counts,
         )
+
+    def _waiting_tokens(self, waiting: Sequence[Tracked]) -> list[int]:
+        """By class, also of those that run."""
+        tokens = [0]
+        running = [s for s in self.scheduler.running if s.remaining > 1]
+        for sequence in (*waiting, *running):
+            tokens += [0] * (sequence.priority + 1 - len(tokens))
+            has_row = sequence.row >= 0
+            num_tokens = sequence.remaining if has_row else self._to_compute(sequence)
+            tokens[sequence.priority] += num_tokens
+        return tokens
 
     def _to_compute(self, sequence: Tracked) -> int:
         """Tokens of one that waits, without those that are cached by now."""
@@ -324,6 +347,7 @@ class Leader:
     def _generate(self, api: str, message: Generate, now: float) -> None:
         if message.request_id in self._generations:
             return
+        self._arrived += 1
         sequence = self._track(message, now)
         generation = _Generation(
             message.request_id,
@@ -354,6 +378,7 @@ class Leader:
             now,
             message.tenant,
             message.num_delivered,
+            message.priority,
         )
 
     def _place(self, generation: _Generation, now: float) -> None:
@@ -366,7 +391,7 @@ class Leader:
             generation.prefill = ""
         generation.stats.prefill_replica = generation.prefill or self.name
         if generation.prefill:
-            bisect.insort(self._reserving, generation, key=lambda g: g.sequence.arrived_at)
+            self._reserving.add(sequence)
         else:
             self._queue(sequence, now)
 
@@ -376,7 +401,7 @@ class Leader:
             self.scheduler.add(sequence)
 
     def _fetch(self, sequence: Tracked, now: float) -> bool:
-        return self._caching.fetch(sequence, self._prefill_rate.per_s, now)
+        return self._caching.fetch(sequence, self._prefill_speed.tokens_per_s, now)
 
     def _fetched(self, sequence: Tracked) -> None:
         self._on_stored(sequence, 0, len(sequence.hashes))
@@ -391,26 +416,29 @@ class Leader:
         self.scheduler.drop(sequence)
 
     def _choose_prefill(self, generation: _Generation) -> str:
-        """The one named if possible, else another connected one; empty: none."""
-        if not generation.prefill or generation.handovers >= _MAX_HANDOVERS:
+        """The one named if possible, else another connected one; empty: none.
+
+        Any replica that drains may be named, for it has the request's pages."""
+        named, tried = generation.prefill, generation.tried
+        if not named or generation.handovers >= _MAX_HANDOVERS:
             return ""
+        if named not in tried and (self._peers.get(named) == "prefill" or named in self._draining):
+            return named
         others = {
             name: self._receiving.num_open(name)
             for name, role in self._peers.items()
-            if role == "prefill" and name not in generation.tried
+            if role == "prefill" and name not in tried and name not in self._draining
         }
-        if generation.prefill in others:
-            return generation.prefill
         return min(others, key=lambda name: (others[name], name), default="")
 
     def _reserve_waiting(self, now: float) -> None:
-        """Reserve pages in order of arrival, while they fit."""
-        while self._reserving:
-            generation = self._reserving[0]
-            sequence = generation.sequence
+        """Reserve pages in turn, while they fit."""
+        turns = self.scheduler.turns
+        while (sequence := self._reserving.first(now)) is not None:
+            turn = turns.of(sequence, now)
             if (
-                self.scheduler.lacks_pages_before(sequence.arrived_at)
-                or self._caching.lacks_pages_since < sequence.arrived_at
+                self.scheduler.lacks_pages_before(turn, now)
+                or self._caching.lacks_pages_since < turn
             ):
                 return
             if sequence.params.max_tokens == 1:
@@ -423,8 +451,9 @@ class Leader:
                     self.scheduler.release_pages(sequence)
                     return
                 firsts = reserved
-            del self._reserving[0]
-            self._start_handover(generation, firsts, now)
+            self._reserving.remove(sequence)
+            turns.serve(sequence, sequence.remaining, now)
+            self._start_handover(self._by_sequence[sequence], firsts, now)
 
     def _start_handover(self, generation: _Generation, firsts: list[int], now: float) -> None:
         sequence = generation.sequence
@@ -542,8 +571,8 @@ class Leader:
             ),
         )
         self._receiving.leave(sequence, reason, now)
-        if generation in self._reserving:
-            self._reserving.remove(generation)
+        if sequence in self._reserving:
+            self._reserving.remove(sequence)
         del self._generations[generation.request_id]
         del self._by_sequence[sequence]
         self._drop(sequence)
@@ -556,8 +585,9 @@ class Leader:
 
     def _run_step(self, now: float) -> None:
         # Those that are still to reserve pages found too few.
-        first = self._reserving[0].sequence.arrived_at if self._reserving else math.inf
-        lacks_pages_since = min(first, self._caching.lacks_pages_since)
+        first = self._reserving.first(now)
+        turn = self.scheduler.turns.of(first, now) if first is not None else NEVER
+        lacks_pages_since = min(turn, self._caching.lacks_pages_since)
         while (command := self.scheduler.plan(now, lacks_pages_since)) is not None:
             for start in command.starts:
                 sequence = next(s for s in self.scheduler.running if s.row == start.row)
@@ -566,8 +596,11 @@ class Leader:
 
     def _step_done(self, result: StepResult, now: float) -> None:
         self._counts["steps"] += 1
-        if self.scheduler.num_prefilling:
-            self._prefill_rate.measured(self.scheduler.num_prefilling, result.seconds)
+        num_prefilling = self.scheduler.num_prefilling
+        self._totals.measured(num_prefilling, len(result.tokens), result.seconds)
+        if num_prefilling:
+            self._prefill_rate.measured(num_prefilling, result.seconds)
+            self._prefill_speed.measured(num_prefilling, result.seconds)
         elif result.tokens:
             self._decode_speed.measured(len(result.tokens), result.seconds)
         for progress in self.scheduler.commit(result):
@@ -597,13 +630,15 @@ class Leader:
 
     def _peer_down(self, name: str, reason: str, now: float) -> None:
         self._peers.pop(name, None)
+        self._draining.discard(name)
         for generation in list(self._generations.values()):
             if generation.api == name:
                 self._finish(generation, now, "abort")
         self._receiving.peer_down(name, reason, now)
-        for generation in list(self._reserving):
+        for sequence in list(self._reserving):
+            generation = self._by_sequence[sequence]
             if generation.prefill == name:
-                self._reserving.remove(generation)
+                self._reserving.remove(sequence)
                 self._place(generation, now)
         self._sending.peer_down(name, now)
         self._caching.keeper_down(name)
@@ -660,7 +695,7 @@ class Leader:
             found = self.index.references(group)
             assert found == expected, f"group {group}: references {found}, holders {expected}"
         assert {*self._by_sequence.values()} == {*self._generations.values()}
-        assert {*self._reserving} <= {*self._generations.values()}
+        assert {*self._reserving} <= {*self._by_sequence}
         self._receiving.check_integrity()
         self._sending.check_integrity()
         self._caching.check_integrity()

@@ -7,6 +7,8 @@ ids and page numbers travel as raw little-endian int32, page hashes as 32-byte
 digests laid end to end, and as their first 8 bytes where routers are told of them.
 
 Protocol versions:
+6  requests have a priority: Generate, Reserve; loads say what waits of each class, and how long
+   steps take.
 5  leaders tell API processes of their pages: PagesWanted, PagesHeld, PagesChanged.
 4  requests have a tenant: Generate, Reserve.
 3  a node's keeper: Find, Take, Offer, Copied, Close, Found, Room (hicache/messages.py); how many
@@ -30,7 +32,7 @@ from hicache.messages import pack_ints as pack_ints
 from hicache.messages import split_hashes as split_hashes
 from hicache.messages import unpack_ints as unpack_ints
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 PAGE_KEY_BYTES = 8
 """Of a page hash, in what leaders tell of their pages."""
 _MAGIC = b"PRLY"
@@ -182,6 +184,18 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """By which another request makes a step longer; 0: unknown."""
     pages_told: int = 0
     """Sequence number of the last `PagesChanged`; 0: it tells nothing of its pages."""
+    arrived: int = 0
+    """Requests, to be generated or to be prefilled for others."""
+    prompt_step_tokens: int = 0
+    """Of prompts, in steps that computed some..."""
+    prompt_step_s: float = 0.0
+    """... and how long these steps took together."""
+    decode_steps: int = 0
+    """Those without prompts, the tokens that they gave, and how long they took together."""
+    decode_step_tokens: int = 0
+    decode_step_s: float = 0.0
+    waiting_tokens_by_priority: tuple[int, ...] = ()
+    """`waiting_tokens`, by class."""
 
 
 # ------------------------------------------------------------------------- to a leader, from an API
@@ -203,6 +217,8 @@ class Generate(Message, frozen=True, tag="generate"):
     """Whose pages these will be in the caches; empty: nobody's."""
     num_delivered: int = 0
     """So many of the prompt's last tokens are output that the client has already."""
+    priority: int = 0
+    """Class: 0 is served first."""
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -239,6 +255,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     """Digests of the pages are wanted with the last `PagesWritten`."""
     tenant: str = ""
     num_delivered: int = 0
+    priority: int = 0
 
 
 class Ask(Message, frozen=True, tag="ask"):

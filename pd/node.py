@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import zmq
@@ -59,10 +59,19 @@ class Member(msgspec.Struct, frozen=True):
     facts: dict[str, str] = {}
     """For people: pages, devices, addresses."""
     topology: Topology = Topology()
+    draining: bool = False
+    """It gets nothing new, what it has goes elsewhere, and then it is ended."""
+    cohort: str = ""
+    """Of a replica: those of one cohort can hand over to each other."""
 
     @property
     def is_replica(self) -> bool:
         return self.role not in (None, "cache", "rank")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that a replica serves, as page hashes know it."""
+        return str(sorted(self.compat.items()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +100,15 @@ class NodeConfig:
         return "127.0.0.1" if self.socket_folder else self.host
 
 
+class Order(msgspec.Struct, frozen=True):
+    """Of somebody to the controller."""
+
+    serial: int
+    action: Literal["reload", "drain"]
+    argument: str
+    """reload: a spec, as JSON; drain: the name of a replica."""
+
+
 class Node:
     """Sockets, membership and timers; subclasses say what is done with events."""
 
@@ -103,6 +121,9 @@ class Node:
         self.meeting: tuple[str, int] | None = None
         """Where the ranks of a replica of several find each other; set before `start`."""
         self.failure = ""
+        self.member: Member | None = None
+        """Itself, once it has started."""
+        self.is_draining = False
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
         self._outbound: dict[str, zmq.Socket[bytes]] = {}
@@ -125,6 +146,9 @@ class Node:
     def member_left(self, member: Member, reason: str) -> None:
         raise NotImplementedError
 
+    def member_draining(self, member: Member) -> None:
+        """One that has joined, or this node itself."""
+
     def tick(self) -> None:
         """Called ten times a second."""
 
@@ -134,6 +158,15 @@ class Node:
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is lost with it but caches."""
+        return True
+
+    def take_orders(self) -> list[Order]:
+        """What people asked of the controller, here."""
+        return []
 
     def model_folder(self) -> Path:
         """Blocks; converting a model can take minutes."""
@@ -155,7 +188,8 @@ class Node:
         member = await self.prepare()
         self.spawn(self._receive_loop())
         self.spawn(self._tick_loop())
-        return msgspec.structs.replace(member, address=address)
+        self.member = msgspec.structs.replace(member, address=address)
+        return self.member
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run, for the node's life at most; an exception ends the node."""
@@ -191,18 +225,25 @@ class Node:
     def set_members(self, members: list[Member], reason: str = "") -> None:
         """The list of live nodes, in the order in which they are to be known; `reason` says why
         some are gone."""
-        wanted = {m.name: m for m in members if m.name != self.name}
+        me = next((m for m in members if m.name == self.name), None)
+        wanted = {m.name: m for m in members if m is not me}
+        if me is not None and me.draining and not self.is_draining:
+            self.is_draining = True
+            self.member_draining(me)
         for name, member in list(self._members.items()):
             if name not in wanted or wanted[name].incarnation != member.incarnation:
                 del self._members[name]
                 self._outbound.pop(name).close(0)
                 self.member_left(member, reason or "it left")
         for name, member in wanted.items():
-            if name not in self._members:
-                self._members[name] = member
+            known = self._members.get(name)
+            self._members[name] = member
+            if known is None:
                 self._heard[name] = time.monotonic() + _CONNECT_GRACE_S
                 self._outbound[name] = self._connect(member.address)
                 self.member_joined(member)
+            if member.draining and not (known and known.draining):
+                self.member_draining(member)
 
     def silent_peers(self) -> list[str]:
         """Members not heard of for longer than the heartbeat time-out."""

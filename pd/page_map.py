@@ -32,6 +32,9 @@ _SHARDS = 256
 _MAX_LOOKUPS = 40
 """In a match, after the first. If they do not suffice, replicas are taken to hold less than they
 do, those with the shortest matches first."""
+_NEAR = 32
+"""Pages from either end of a prompt, where most matches end: after a system prompt, and before what
+is new of a conversation."""
 _FEW = 2
 """So many bits are read one by one, more of them all at once."""
 _MAX_KNOWN = 256
@@ -300,6 +303,8 @@ class PageMap:
                 levels.append((low + 1, low_holders & ~high_holders))
                 continue
             middle = (low + high) // 2
+            if middle >= low + _NEAR and (low == 0) != (high == count):
+                middle = _NEAR if low == 0 else count - _NEAR
             begin = middle * HASH_BYTES
             key = page_hashes[begin : begin + PAGE_KEY_BYTES]
             holders = shards[key[0]].get(key, 0) & low_holders | high_holders

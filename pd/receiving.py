@@ -170,6 +170,7 @@ class Receiving:
             self._verify,
             sequence.tenant,
             sequence.num_delivered,
+            sequence.priority,
         )
         incoming = _Incoming(peer, handover, reserve, deadline, sequence, after_mismatch)
         self._incoming[peer, handover.serial] = self._by_sequence[sequence] = incoming

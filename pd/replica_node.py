@@ -8,6 +8,7 @@ who watches the node ends its processes.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import socket
@@ -27,6 +28,7 @@ from pd.events import (
     Effect,
     Event,
     PeerDown,
+    PeerDraining,
     PeerUp,
     Received,
     RunStep,
@@ -75,7 +77,7 @@ class ReplicaNode(Node):
         self._untold: Counter[str] = Counter()
         """Peers' comings and goings that the leader has yet to hear of. Meanwhile it takes the name
         for another process than it is, so nothing is said to it or heard of it."""
-        self._to_tell: dict[str, list[PeerUp | PeerDown]] = {}
+        self._to_tell: dict[str, list[PeerUp | PeerDown | PeerDraining]] = {}
         """By peer, in order; each waits for a `Flush` of its own."""
         self._is_stopping = False
         self._expects_writes = False
@@ -177,9 +179,11 @@ class ReplicaNode(Node):
         }
         if topology.num_ranks > 1:
             facts |= {"ranks": str(topology), "rank": self._worker.name}
+        essence = sorted({**compat, "transfer backend": spec.transfer.backend}.items())
         return Member(
             name=self.name,
             role=self.config.role,
+            cohort=hashlib.sha256(repr(essence).encode()).hexdigest()[:16],
             incarnation=self.incarnation,
             address="",
             compat=compat,
@@ -298,16 +302,32 @@ class ReplicaNode(Node):
         except (msgspec.MsgspecError, KeyError) as error:
             self._fail(number, f"a report that is none: {error}")
 
+    def _is_foreign(self, member: Member) -> bool:
+        """A replica with which nothing can be handed over, as while a changed spec comes in."""
+        assert self.member is not None
+        return member.is_replica and member.cohort != self.member.cohort
+
     def member_joined(self, member: Member) -> None:
-        if member.role == "rank":
+        if member.role == "rank" or self._is_foreign(member):
             return
         if member.role == "cache":
             self._untold[member.name] += 1
             self._team.carry_out(OpenHost(member.name, member.transports[0]))
             return
-        if self.config.role == "prefill" and member.role == "decode":
+        is_source = self.config.role == "prefill" and member.role == "decode"
+        if is_source or (self.is_draining and member.role in ("decode", "both")):
             self._connect_ranks(member)
         self._tell(PeerUp(member.name, member.role, member.topology))
+
+    def member_draining(self, member: Member) -> None:
+        """Requests that a draining replica decodes go on elsewhere: it hands their pages over."""
+        if member.name != self.name:
+            if not self._is_foreign(member):
+                self._tell(PeerDraining(member.name))
+        elif self.config.role != "prefill":
+            for other in self._members.values():
+                if other.role in ("decode", "both") and not self._is_foreign(other):
+                    self._connect_ranks(other)
 
     def _connect_ranks(self, member: Member) -> None:
         ours = self._worker.runner.replica_layout
@@ -332,6 +352,8 @@ class ReplicaNode(Node):
         if member.role == "rank":
             self._fail(0, f"rank {member.facts['rank']} is gone: {reason}")
             return
+        if self._is_foreign(member):
+            return
         if member.role == "cache":
             # Copies that are under way end as if nothing had happened: its memory is still here.
             self.handle(PeerDown(member.name, reason))
@@ -347,14 +369,14 @@ class ReplicaNode(Node):
             self._team.carry_out(Disconnect(member.name))
             self._tell_later(down)
 
-    def _tell(self, event: PeerUp | PeerDown) -> None:
+    def _tell(self, event: PeerUp | PeerDown | PeerDraining) -> None:
         """At once, or after what it has not been told of this peer."""
         if self._untold[event.name]:
             self._tell_later(event)
         else:
             self.handle(event)
 
-    def _tell_later(self, event: PeerUp | PeerDown) -> None:
+    def _tell_later(self, event: PeerUp | PeerDown | PeerDraining) -> None:
         self._untold[event.name] += 1
         self._to_tell.setdefault(event.name, []).append(event)
         self._team.carry_out(Flush(event.name))
@@ -375,6 +397,10 @@ class ReplicaNode(Node):
         return Heartbeat(
             msgspec.structs.replace(load, dropped_messages=dropped, pages_told=told, **events)
         )
+
+    @property
+    def is_idle(self) -> bool:
+        return self.leader.is_idle
 
     def check(self) -> dict[str, object]:
         if not self.leader.scheduler.has_step_in_flight:

@@ -84,6 +84,7 @@ class Sending:
         """`numbers`: never the same twice; for writes, digests and handovers. `queue`: have a
         sequence computed; `drop`: not any more."""
         self.prefill_tokens = 0
+        self.arrived = 0
         self.finished = 0
         self.kv_bytes = 0
         self.kv_pages = 0
@@ -138,6 +139,7 @@ class Sending:
         ledger, topology = self._ledgers[peer]
         answer = ledger.reserve(message.serial, message.floor)
         if answer is SenderAnswer.START:
+            self.arrived += 1
             handover = SenderHandover(
                 [(target.first_page, unpack_ints(target.pages)) for target in message.targets],
                 now + message.timeout_s,

@@ -32,6 +32,7 @@ the first of a replica, known to its leader alone."""
 TENANT_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,127}"
 TENANT_FORM = "up to 128 of A-Z a-z 0-9 . _ : @ / + -, a letter or digit first"
 EVERY_OTHER_TENANT = "*"
+MAX_PRIORITIES = 16
 
 
 def replica_role(role: MemberRole | None) -> Role:
@@ -281,7 +282,8 @@ class StorageCacheSpec(SpecModel):
     """Parameters of the backend, such as {path: /data/kv, limit: 100GiB} for file."""
     prefetch: Literal["timeout", "best_effort", "wait_complete"] = "timeout"
     """How long a request waits for its pages from storage: for `prefetch_timeout` and
-    `prefetch_timeout_per_1k`, until it could start, or until they are there."""
+    `prefetch_timeout_per_1k`, until it could start, or until they are there. In no case longer than
+    computing them takes."""
     prefetch_timeout: float = Field(default=1.0, ge=0)
     """Seconds, for any number of tokens..."""
     prefetch_timeout_per_1k: float = Field(default=0.25, ge=0)
@@ -298,7 +300,7 @@ class CacheEventsSpec(SpecModel):
     publish: Endpoint = ""
     """Such as tcp://127.0.0.1:5557; empty: no events. Each process binds an address of its own:
     with port `*` or 0 any free one, else this port and its number, counted through the prefill
-    replicas, decode, both, and then the keepers, with `replicas.max` numbers for each role."""
+    replicas, decode, both, and then the keepers, with `replicas.max` + 1 numbers for each role."""
     replay: Endpoint = ""
     """Likewise, for subscribers that missed some."""
     topic: str = ""
@@ -332,6 +334,17 @@ class CacheSpec(SpecModel):
         return self
 
 
+class PrioritySpec(SpecModel):
+    """A class of requests."""
+
+    slack: float | None = Field(default=1.0, gt=0)
+    """A request is refused where it is expected to take more than so many times the `objectives`;
+    None: never for that."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Of `max_queue`: with more in use, by whichever class, this one is refused. None: all of it
+    for the first class, and for each of n classes 1/n less than for the one before."""
+
+
 class RouterSpec(SpecModel):
     policy: Literal["cost", "prefix", "least_loaded", "round_robin"] = "cost"
     """By which replicas are chosen: the least expected time, the longest prefix that is cached
@@ -340,6 +353,29 @@ class RouterSpec(SpecModel):
     """A prompt with at most so many uncached tokens is prefilled on the decode replica itself."""
     max_queue: int = Field(default=512, ge=1)
     """Requests admitted and not finished, per API process; more are answered 429."""
+    priorities: dict[Name, PrioritySpec] = Field(default={}, max_length=MAX_PRIORITIES)
+    """Classes that requests may name, the one that is served first at first, such as {interactive:
+    {}, batch: {slack: 10}}."""
+    default_priority: str = ""
+    """Of requests that name none; empty: the first."""
+
+    @model_validator(mode="after")
+    def _has_default(self) -> RouterSpec:
+        names = list(self.priorities)
+        if self.default_priority and self.default_priority not in names:
+            raise ValueError(
+                f"default_priority: found {self.default_priority!r}, expected one of "
+                f"{', '.join(names) or 'priorities, of which there are none'}"
+            )
+        return self
+
+    def classes(self) -> list[PrioritySpec]:
+        """By priority, with their shares; without `priorities` one."""
+        specs = list(self.priorities.values()) or [PrioritySpec()]
+        return [
+            spec if spec.share else spec.model_copy(update={"share": 1 - number / len(specs)})
+            for number, spec in enumerate(specs)
+        ]
 
     @property
     def needs_pages(self) -> bool:
@@ -383,7 +419,45 @@ class TimeoutSpec(SpecModel):
     """Ranks of a replica wait for each other so long in a step; then the replica ends."""
     takeover: float = Field(default=120.0, gt=0)
     """A request whose decode replica is lost waits so long for one that goes on with it."""
+    drain: float = Field(default=120.0, gt=0)
+    """What a replica that is to go still has after so long goes on elsewhere without its pages."""
+    controller: float = Field(default=300.0, gt=0)
+    """Processes end by themselves when no controller has asked for them for so long; until then a
+    new `pd serve` adopts them."""
     stop: float = Field(default=10.0, gt=0)
+
+
+class ObjectivesSpec(SpecModel):
+    """Seconds, in the mean; None: no objective."""
+
+    ttft: float | None = Field(default=None, gt=0)
+    """From a request's arrival to its first token."""
+    tpot: float | None = Field(default=None, gt=0)
+    """From each further token to the next."""
+
+
+class PlannerSpec(SpecModel):
+    """How many replicas of each role there are, between `replicas.min` and `replicas.max`. Load is
+    measured in what a replica can do at most, objectives included."""
+
+    interval: float = Field(default=1.0, gt=0)
+    """Seconds between two looks at the load."""
+    up: float = Field(default=0.8, gt=0, le=1)
+    """Replicas are added while each has more load than this..."""
+    up_after: float = Field(default=5.0, ge=0)
+    """... for so many seconds,"""
+    down: float = Field(default=0.6, gt=0)
+    """and taken away, a quarter of them at most, if the rest would have less than this..."""
+    down_after: float = Field(default=120.0, ge=0)
+    """... for so many seconds, and so many after the last change."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Of all roles together; where more are wanted, roles take replicas from each other."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> PlannerSpec:
+        if self.down >= self.up:
+            raise ValueError(f"expected down ({self.down:g}) below up ({self.up:g})")
+        return self
 
 
 class ClusterSpec(SpecModel):
@@ -396,9 +470,23 @@ class ClusterSpec(SpecModel):
     cache: CacheSpec = CacheSpec()
     router: RouterSpec = RouterSpec()
     api: ApiSpec = ApiSpec()
+    objectives: ObjectivesSpec = ObjectivesSpec()
+    planner: PlannerSpec = PlannerSpec()
     timeouts: TimeoutSpec = TimeoutSpec()
     network: Literal["auto", "ipc", "tcp"] = "auto"
-    """Between processes: auto is ipc while Ray has one node, else tcp with CURVE keys."""
+    """Between processes: auto is ipc while Ray has one node and the spec wants no other (by labels,
+    or by numbers of replicas that may grow), else tcp with CURVE keys."""
+
+    @model_validator(mode="after")
+    def _least_fits(self) -> ClusterSpec:
+        least = sum(role.replicas.min for _, role in self.roles.items())
+        most = self.planner.max_replicas
+        if most is not None and least > most:
+            raise ValueError(
+                f"planner.max_replicas: found {most}, expected at least {least}, the sum of all "
+                "replicas.min"
+            )
+        return self
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -17,8 +17,10 @@ from __future__ import annotations
 import asyncio
 import enum
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -59,6 +61,11 @@ class Failure(enum.Enum):
     TIMEOUT = "timeout"
 
 
+class _Cohort(NamedTuple):
+    name: str
+    fingerprint: str
+
+
 @dataclass(slots=True)
 class ClientCounters:
     late_outputs: int = 0
@@ -66,6 +73,10 @@ class ClientCounters:
     """Like late outputs, they changed nothing."""
     replays: int = 0
     """Requests that went on elsewhere after their decode replica was lost."""
+    refused: int = 0
+    """Requests that were not let in, or for which there was no replica."""
+    moves: int = 0
+    """Requests that went on elsewhere because theirs is draining."""
 
 
 class OutputStream:
@@ -75,13 +86,19 @@ class OutputStream:
     """
 
     def __init__(
-        self, owner: EngineClient, generate: Generate, wake: asyncio.Event, deadline_s: float
+        self,
+        owner: EngineClient,
+        generate: Generate,
+        wake: asyncio.Event,
+        deadline_s: float,
+        cache_salt: str,
     ) -> None:
         self._owner = owner
         self._pending: list[Output] = []
         self._wake = wake
         self._taken_last = False
         self.generate = generate
+        self.cache_salt = cache_salt
         self.placement: Placement | None = None
         """None: not submitted yet, or again without a replica (`lost`)."""
         self.lost = ""
@@ -173,10 +190,14 @@ class EngineClient:
     ) -> None:
         """`takeover_s`: so long a request whose decode replica was lost waits for another."""
         self._send = send
-        self._takeover_s = takeover_s
+        self.takeover_s = takeover_s
         self._page_tokens = page_tokens
         self._fingerprint: str | None = None
+        """That most of the replicas which decode have: of new requests, at first."""
+        self._cohorts: dict[str, _Cohort] = {}
+        """By replica."""
         self._streams: dict[str, OutputStream] = {}
+        self._draining: set[str] = set()
         self.router = router
         self.caches = Caches(send)
         self.keepers = self.caches.keepers
@@ -184,62 +205,103 @@ class EngineClient:
 
     # ----------------------------------------------------------------------- what the node reports
 
-    def set_fingerprint(self, fingerprint: str) -> None:
-        """Of the model that the replicas serve; nothing is served before it is known."""
-        self._fingerprint = fingerprint
+    def use_router(self, router: Router) -> None:
+        """Instead of the one so far, whose replicas and requests it takes over."""
+        now = asyncio.get_running_loop().time()
+        old, self.router = self.router, router
+        router.admission.take_over(old.admission)
+        for known in old.replicas():
+            name, role, cohort, drains = known.name, known.role, known.cohort, known.draining
+            wanted = router.update(name, role, None, now, cohort=cohort, draining=drains)
+            self._ask(name, wanted)
+            router.update(name, role, known.load, now)
 
-    def on_peer_up(self, name: str, role: Role) -> None:
-        """`name` may be given requests; after a restart, report it down first."""
-        self._ask(name, self.router.update(name, role, None, asyncio.get_running_loop().time()))
+    def on_peer_up(self, name: str, role: Role, fingerprint: str = "", cohort: str = "") -> None:
+        """`name` may be given requests; after a restart, report it down first. `fingerprint`: of
+        the model that it serves; `cohort`: those that can hand over to each other."""
+        self._cohorts[name] = _Cohort(cohort, fingerprint)
+        now = asyncio.get_running_loop().time()
+        self._ask(name, self.router.update(name, role, None, now, cohort=cohort))
+        self._replicas_changed()
+
+    def _replicas_changed(self) -> None:
+        decoding = [each for each in self.router.replicas() if each.role != "prefill"]
+        serving = [each for each in decoding if not each.draining] or decoding
+        found = Counter(self._cohorts[each.name].fingerprint for each in serving)
+        if found:
+            self._fingerprint = max(found, key=lambda each: (found[each], each))
         self._go_on()
 
     def on_peer_down(self, name: str, reason: str = "its process is gone") -> None:
         """Requests that decode on `name` go on elsewhere, from what was delivered, if there is a
         replica in time. Where it was to prefill, the decode leader finds another."""
         self.router.remove(name)
+        self._cohorts.pop(name, None)
+        self._draining.discard(name)
         for stream in self._streams.values():
             if stream.placement is not None and stream.placement.decode == name:
                 stream.placement = None
                 stream.lost = f"decode replica {name} was lost: {reason}"
                 loop = asyncio.get_running_loop()
-                stream.takeover = loop.call_later(self._takeover_s, self._give_up, stream)
-        self._go_on()
+                stream.takeover = loop.call_later(self.takeover_s, self._give_up, stream)
+        self._replicas_changed()
+
+    def on_peer_draining(self, name: str) -> None:
+        """`name` gets nothing new; requests that decode there go on elsewhere, with its pages."""
+        if self.router.role_of(name) is not None:
+            self._draining.add(name)
+            self.router.drain(name)
+            self._replicas_changed()
 
     def _go_on(self) -> None:
-        """Place requests whose replica was lost, as far as can be."""
-        for stream in [each for each in self._streams.values() if each.lost]:
-            try:
-                self._replay(stream)
-            except NoReplica:
-                return
+        """Place requests whose replica was lost or is draining, as far as can be."""
+        for stream in list(self._streams.values()):
+            placement = stream.placement
+            if stream.lost or (placement is not None and placement.decode in self._draining):
+                try:
+                    self._move(stream)
+                except NoReplica:
+                    return
 
-    def _replay(self, stream: OutputStream) -> None:
+    def _move(self, stream: OutputStream) -> None:
         """Send the rest of a request: what was delivered becomes part of the prompt, so that not a
-        token comes twice. Raises NoReplica."""
-        if stream.num_replays == _MAX_REPLAYS:
+        token comes twice. A draining replica hands its pages over. Raises NoReplica."""
+        source = stream.placement.decode if stream.placement is not None else ""
+        if not source and stream.num_replays == _MAX_REPLAYS:
             text = f"{stream.lost}, as were {stream.num_replays} before it"
             self.end(stream, "error", text, Failure.REPLICA_LOST)
             return
         generate, new = stream.generate, stream.delivered[stream.generate.num_delivered :]
         # Of the pages that were delivered, hardly any can be cached elsewhere.
         num_tokens = len(generate.prompt) // 4 + len(new)
-        placement = self.router.place(num_tokens, generate.page_hashes)
+        placement = self.router.place(num_tokens, generate.page_hashes, priority=generate.priority)
+        if source:
+            self._send(source, Abort(generate.request_id))
+            is_near = self._cohorts[placement.decode].name == self._cohorts[source].name
+            if stream.num_tokens and is_near:
+                placement = Placement(placement.decode, source)
         if new:
             prompt = np.concatenate((unpack_ints(generate.prompt), np.array(new, np.int32)))
-            hashes = page_hashes(prompt, self._page_tokens, generate.root)
+            known = generate.page_hashes
+            begin = len(known) // len(generate.root) * self._page_tokens
+            parent = known[-len(generate.root) :] or generate.root
+            hashes = page_hashes(prompt[begin:], self._page_tokens, parent)
             left = generate.sampling.max_tokens - len(new)
             stream.generate = msgspec.structs.replace(
                 generate,
                 prompt=pack_ints(prompt),
-                page_hashes=b"".join(hashes),
+                page_hashes=b"".join((known, *hashes)),
                 sampling=msgspec.structs.replace(generate.sampling, max_tokens=left),
                 num_delivered=stream.num_tokens,
             )
         stream.lost = ""
-        stream.num_replays += 1
         if stream.takeover is not None:
             stream.takeover.cancel()
-        self.counters.replays += 1
+        if source:
+            self.counters.moves += 1
+        else:
+            stream.num_replays += 1
+            self.counters.replays += 1
         self._start(stream, placement)
 
     def on_message(self, sender: str, message: AnyMessage) -> None:
@@ -278,9 +340,11 @@ class EngineClient:
         cache_salt: str = "",
         timeout_s: float = 600.0,
         tenant: str = "",
+        priority: int = 0,
     ) -> OutputStream:
         """Place and send one request. Raises Overloaded or NoReplica, and then nothing was sent."""
-        return self.submit_all([(prompt_ids, sampling)], 1, cache_salt, timeout_s, tenant)[0]
+        prompts = [(prompt_ids, sampling)]
+        return self.submit_all(prompts, 1, cache_salt, timeout_s, tenant, priority)[0]
 
     def submit_all(
         self,
@@ -289,6 +353,7 @@ class EngineClient:
         cache_salt: str = "",
         timeout_s: float = 600.0,
         tenant: str = "",
+        priority: int = 0,
     ) -> list[OutputStream]:
         """`n` streams per (token ids, sampling), prompt by prompt, all admitted or none.
 
@@ -301,15 +366,16 @@ class EngineClient:
             raise NoReplica("decode")
         root = root_hash(self._fingerprint, cache_salt)
         hashes = [b"".join(page_hashes(prompt, self._page_tokens, root)) for prompt, _ in prompts]
-        self.router.admit(len(prompts) * n)
+        now = asyncio.get_running_loop().time()
+        self.router.check_room(len(prompts) * n, tenant, priority, now)
         placements: list[Placement] = []
-        try:
-            for (prompt, _), of_prompt in zip(prompts, hashes, strict=True):
-                placements.append(self.router.place(len(prompt), of_prompt))
-        except NoReplica:
-            for _ in range(len(prompts) * n):
-                self.router.release()
-            raise
+        for (prompt, _), of_prompt in zip(prompts, hashes, strict=True):
+            # They are refused for what there was before them, not for each other.
+            placement = self.router.place(
+                len(prompt), of_prompt, None, priority, may_refuse=not placements, now=now
+            )
+            placements.append(placement)
+        self.router.admit(len(prompts) * n, tenant, priority, now)
         wake = asyncio.Event()
         streams: list[OutputStream] = []
         for i, placement in enumerate(placements):
@@ -327,16 +393,19 @@ class EngineClient:
                     prefill="",
                     timeout_s=timeout_s,
                     tenant=tenant,
+                    priority=priority,
                 )
-                choices.append(self._open(generate, wake, timeout_s))
+                choices.append(self._open(generate, wake, timeout_s, cache_salt))
             choices[0].siblings = choices[1:]
             self._start(choices[0], placement)
             streams += choices
         return streams
 
-    def _open(self, generate: Generate, wake: asyncio.Event, timeout_s: float) -> OutputStream:
+    def _open(
+        self, generate: Generate, wake: asyncio.Event, timeout_s: float, cache_salt: str
+    ) -> OutputStream:
         loop = asyncio.get_running_loop()
-        stream = OutputStream(self, generate, wake, loop.time() + timeout_s)
+        stream = OutputStream(self, generate, wake, loop.time() + timeout_s, cache_salt)
         stream.timer = loop.call_later(
             timeout_s * (1 + LEADER_HEAD_START), self._on_deadline, stream
         )
@@ -345,6 +414,13 @@ class EngineClient:
 
     def _start(self, stream: OutputStream, placement: Placement) -> None:
         stream.placement = placement
+        generate = stream.generate
+        root = root_hash(self._cohorts[placement.decode].fingerprint, stream.cache_salt)
+        if root != generate.root:
+            hashes = page_hashes(unpack_ints(generate.prompt), self._page_tokens, root)
+            stream.generate = msgspec.structs.replace(
+                generate, root=root, page_hashes=b"".join(hashes)
+            )
         remaining_s = max(stream.deadline_s - asyncio.get_running_loop().time(), 0.0)
         stream.generate = msgspec.structs.replace(
             stream.generate, prefill=placement.prefill, timeout_s=remaining_s
@@ -359,7 +435,9 @@ class EngineClient:
             try:
                 generate, beside = sibling.generate, stream.placement
                 num_tokens = len(generate.prompt) // 4
-                placement = self.router.place(num_tokens, generate.page_hashes, beside)
+                placement = self.router.place(
+                    num_tokens, generate.page_hashes, beside, generate.priority
+                )
                 self._start(sibling, placement)
             except NoReplica as error:
                 self.end(sibling, "error", str(error), Failure.REPLICA_LOST)
@@ -388,10 +466,15 @@ class EngineClient:
         if output.finish_reason is None:
             stream.put(output)
         else:
-            failure = Failure.ENGINE if output.finish_reason == "error" else None
+            failure = self._cause(stream) if output.finish_reason == "error" else None
             self._forget(stream, failure)
             stream.put(output)
             self._end_siblings(stream, output.finish_reason, output.error, failure)
+
+    def _cause(self, stream: OutputStream) -> Failure:
+        """Of a leader's error. It sees the deadline at the earliest when it has passed here."""
+        is_late = asyncio.get_running_loop().time() >= stream.deadline_s
+        return Failure.TIMEOUT if is_late else Failure.ENGINE
 
     def _give_up(self, stream: OutputStream) -> None:
         text = f"{stream.lost}, and no other has taken over in time"
@@ -458,7 +541,7 @@ class EngineClient:
             if timer is not None:
                 timer.cancel()
         del self._streams[stream.generate.request_id]
-        self.router.release()
+        self.router.release(stream.generate.tenant, stream.ended_s)
 
     def check_integrity(self) -> None:
         """Admission counts exactly the open streams, and none of them has ended."""

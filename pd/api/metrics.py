@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pd.api.client import ClientCounters
 from pd.messages import FinishReason, ReplicaLoad, RequestStats
 from pd.router import ReplicaState
 
@@ -46,10 +47,9 @@ class ApiMetrics:
         replicas: Callable[[], list[ReplicaState]],
         in_flight: Callable[[], int],
         keepers: Mapping[str, Mapping[str, float]],
-        replays: Callable[[], int] = lambda: 0,
+        counters: ClientCounters | None = None,
     ) -> None:
-        """`keepers`: their figures by name; `replays`: requests that went on elsewhere. All are
-        read when scraped."""
+        """`keepers`: their figures by name. All are read when scraped."""
         self.registry = registry = CollectorRegistry()
         self._ttft = Histogram(
             "pagerelay_time_to_first_token_seconds",
@@ -99,7 +99,7 @@ class ApiMetrics:
             ["code"],
             registry=registry,
         )
-        registry.register(_ReplicaCollector(replicas, in_flight, replays))
+        registry.register(_ReplicaCollector(replicas, in_flight, counters))
         registry.register(_KeeperCollector(keepers))
 
     def observe_request(
@@ -218,11 +218,11 @@ class _ReplicaCollector(Collector):
         self,
         replicas: Callable[[], list[ReplicaState]],
         in_flight: Callable[[], int],
-        replays: Callable[[], int],
+        counters: ClientCounters | None,
     ) -> None:
         self._replicas = replicas
         self._in_flight = in_flight
-        self._replays = replays
+        self._counters = counters or ClientCounters()
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily(
@@ -230,11 +230,15 @@ class _ReplicaCollector(Collector):
             "Requests admitted and not ended, of this API process.",
             value=self._in_flight(),
         )
-        yield CounterMetricFamily(
-            "pagerelay_requests_replayed",
-            "Requests that went on elsewhere after their decode replica was lost.",
-            value=self._replays(),
-        )
+        for name, text, count in (
+            ("replayed", "that went on elsewhere after a decode replica's end", "replays"),
+            ("moved", "that went on elsewhere with their pages, as a replica was drained", "moves"),
+            ("refused", "not let in, or for which there was no replica", "refused"),
+        ):
+            value = getattr(self._counters, count)
+            yield CounterMetricFamily(
+                f"pagerelay_requests_{name}", f"Requests {text}.", value=value
+            )
         replicas = self._replicas()
         labels = ["replica", "role"]
         for name, (text, read) in _GAUGES.items():

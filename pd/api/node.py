@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd.messages import AnyMessage
-from pd.node import Member, Node
-from pd.spec import replica_role
+from pd.node import Member, Node, Order
+from pd.spec import ClusterSpec, replica_role
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import Receive, Scope, Send
 
     from pd.api.protocol import ModelInfo
 
@@ -22,8 +23,11 @@ class ApiNode(Node):
     """An HTTP server in front of the replicas; it answers from the first membership list on."""
 
     async def prepare(self) -> Member:
+        from pd.api.admin import Admin
         from pd.api.client import EngineClient
         from pd.router import make_router
+
+        self.admin = Admin()
 
         self._client = EngineClient(
             self.send,
@@ -71,18 +75,19 @@ class ApiNode(Node):
         import uvicorn
 
         from pd.api.protocol import ModelInfo
-        from pd.api.server import create_app
 
         first = replicas[0]
-        self._client.set_fingerprint(str(sorted(first.compat.items())))
         info = ModelInfo(
             name=self.spec.model.name or Path(self.spec.model.path.removeprefix("package:")).name,
             vocab_size=first.vocab_size,
             max_context=min(member.max_context for member in replicas),
             eos_token_ids=first.end_tokens,
         )
+        self._info = info
+        self._make_app()
         config = uvicorn.Config(
-            create_app(self.spec, self._client, self._tokenizer, info),
+            self._forward,
+            interface="asgi3",
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -93,6 +98,36 @@ class ApiNode(Node):
         self.spawn(self._server._serve([self._listener]))
         return info
 
+    def _make_app(self) -> None:
+        from pd.api.server import create_app
+
+        assert self._info is not None
+        self._app = create_app(self.spec, self._client, self._tokenizer, self._info, self.admin)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def set_spec(self, spec: ClusterSpec) -> None:
+        """For requests that come from now on."""
+        from pd.router import make_router
+
+        self.spec = spec
+        self._client.use_router(make_router(spec, self.name))
+        self._client.takeover_s = spec.timeouts.takeover
+        if self._info is not None:
+            self._make_app()
+
+    @property
+    def num_refused(self) -> int:
+        return self._client.counters.refused
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._client.router.in_flight
+
+    def take_orders(self) -> list[Order]:
+        return self.admin.take_orders()
+
     def received(self, sender: str, message: AnyMessage) -> None:
         self._client.on_message(sender, message)
 
@@ -100,13 +135,18 @@ class ApiNode(Node):
         if member.role == "cache":
             self._client.caches.keeper_up(member.name)
         elif member.role is not None:
-            self._client.on_peer_up(member.name, replica_role(member.role))
+            role = replica_role(member.role)
+            self._client.on_peer_up(member.name, role, member.fingerprint, member.cohort)
 
     def member_left(self, member: Member, reason: str) -> None:
         if member.role == "cache":
             self._client.caches.keeper_down(member.name, reason)
         elif member.role is not None:
             self._client.on_peer_down(member.name, reason)
+
+    def member_draining(self, member: Member) -> None:
+        if member.is_replica:
+            self._client.on_peer_draining(member.name)
 
     async def shut_down(self) -> None:
         if self._server is not None:

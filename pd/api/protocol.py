@@ -22,11 +22,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pd.api.errors import ApiError, bad_request
 from pd.messages import SamplingParams
-from pd.spec import TENANT_FORM, TENANT_PATTERN, ApiSpec
+from pd.spec import TENANT_FORM, TENANT_PATTERN, ApiSpec, RouterSpec
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat may use what is left of the context."""
 TENANT_HEADER = "X-Tenant-Id"
+PRIORITY_HEADER = "X-Priority"
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
 _MAX_LISTED_BIAS = 1024
@@ -108,6 +109,8 @@ class GenerationRequest(RequestModel):
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0)
     cache_salt: Annotated[str, Field(max_length=256)] = ""
+    priority: str = ""
+    """The request's class; empty: its header says it."""
     return_timings: bool = False
     return_token_ids: bool = False
     """Each choice or chunk has `token_ids`: the tokens that it adds, a stop token included."""
@@ -196,6 +199,14 @@ class TokenizeRequest(RequestModel):
 class DetokenizeRequest(RequestModel):
     model: str | None = None
     tokens: TokenIds
+
+
+class ReloadRequest(RequestModel):
+    spec: dict[str, Any]
+
+
+class DrainRequest(RequestModel):
+    replica: str
 
 
 class ClearRequest(RequestModel):
@@ -289,6 +300,25 @@ def parse_tenant(values: Sequence[str], of_key: str) -> str:
             param=TENANT_HEADER,
         )
     return of_key or given
+
+
+def parse_priority(values: Sequence[str], in_body: str, spec: RouterSpec) -> int:
+    """Of which class it is, 0 the first, from all headers of that name and the body's field. Raises
+    ApiError."""
+    names, given = list(spec.priorities), ", ".join(values)
+    param, name = ("priority", in_body) if in_body else (PRIORITY_HEADER, given)
+    if in_body and given and given != in_body:
+        raise bad_request(
+            f"priority: expected that of {PRIORITY_HEADER}, {_show(given)}, got {_show(in_body)}",
+            param,
+        )
+    name = name or spec.default_priority
+    if not name:
+        return 0
+    if name not in names:
+        known = f"one of {', '.join(names)}" if names else "none, for the server has no classes"
+        raise bad_request(f"{param}: expected {known}, got {_show(name)}", param)
+    return names.index(name)
 
 
 def _without_ignored(fields: dict[str, Any], model: type[RequestModel]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hicache.storage.backends import backend_names
+from pd.api.admin import Admin, OrderError
 from pd.api.caches import Action, KeeperAnswer
 from pd.api.chat import ChatTemplate, ChatTemplateError
 from pd.api.client import EngineClient
@@ -30,6 +32,7 @@ from pd.api.errors import ApiError, bad_request
 from pd.api.generation import Choice, ClientGone, Generation, error_event
 from pd.api.metrics import ApiMetrics, pages_by_group
 from pd.api.protocol import (
+    PRIORITY_HEADER,
     TENANT_HEADER,
     AttachRequest,
     ChatMessage,
@@ -37,13 +40,16 @@ from pd.api.protocol import (
     ClearRequest,
     CompletionRequest,
     DetokenizeRequest,
+    DrainRequest,
     GenerationRequest,
     ModelInfo,
+    ReloadRequest,
     RequestModel,
     TokenizeRequest,
     check_limits,
     check_model,
     check_prompt_tokens,
+    parse_priority,
     parse_request,
     parse_tenant,
     plan_max_tokens,
@@ -80,10 +86,14 @@ Asked = TypeVar("Asked", bound=RequestModel)
 
 
 def create_app(
-    spec: ClusterSpec, client: EngineClient, tokenizer: Tokenizer, model: ModelInfo
+    spec: ClusterSpec,
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    model: ModelInfo,
+    admin: Admin | None = None,
 ) -> FastAPI:
     """The ASGI application; it lives on the event loop that `client` lives on."""
-    server = _Server(spec, client, tokenizer, model)
+    server = _Server(spec, client, tokenizer, model, admin or Admin())
     app = FastAPI(
         title="PageRelay", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
     )
@@ -97,6 +107,8 @@ def create_app(
         ("/health", "GET", server.health),
         ("/metrics", "GET", server.render_metrics),
         ("/admin/status", "GET", server.status),
+        ("/admin/reload", "POST", server.reload),
+        ("/admin/drain", "POST", server.drain),
         ("/cache", "GET", server.cache),
         ("/cache/clear", "POST", server.clear_cache),
         ("/cache/storage", "POST", server.attach_storage),
@@ -118,19 +130,25 @@ def create_app(
 
 class _Server:
     def __init__(
-        self, spec: ClusterSpec, client: EngineClient, tokenizer: Tokenizer, model: ModelInfo
+        self,
+        spec: ClusterSpec,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        model: ModelInfo,
+        admin: Admin,
     ) -> None:
+        self._admin = admin
         self._spec = spec
         self._client = client
         self._tokenizer = tokenizer
         self._model = model
         self._template = ChatTemplate(tokenizer, spec.model.chat_template)
         self._vocabulary = Vocabulary(tokenizer)
-        self._metrics = ApiMetrics(
+        self._metrics = admin.metrics = admin.metrics or ApiMetrics(
             client.replicas,
             lambda: client.router.in_flight,
             client.keepers,
-            lambda: client.counters.replays,
+            client.counters,
         )
         self._created = int(time.time())
 
@@ -141,31 +159,34 @@ class _Server:
         asked = await self._read(request, CompletionRequest)
         check_limits(asked, self._spec.api, self._model)
         prompts = asked.prompts()
-        self._check_room(len(prompts), asked.n)
+        whose = self._whose(request, asked)
+        self._check_room(len(prompts), asked.n, whose)
         encoded = [
             await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
         ]
         for prompt in encoded:
             check_prompt_tokens("prompt", prompt, self._model)
-        return await self._answer(request, asked, encoded, arrived_s)
+        return await self._answer(request, asked, encoded, whose, arrived_s)
 
     async def chat(self, request: Request) -> Response:
         arrived_s = asyncio.get_running_loop().time()
         asked = await self._read(request, ChatRequest)
         check_limits(asked, self._spec.api, self._model)
-        self._check_room(1, asked.n)
+        whose = self._whose(request, asked)
+        self._check_room(1, asked.n, whose)
         prompt = await self._encode_chat(asked.messages)
         check_prompt_tokens("messages", prompt, self._model)
-        return await self._answer(request, asked, [prompt], arrived_s)
+        return await self._answer(request, asked, [prompt], whose, arrived_s)
 
     async def _answer(
         self,
         request: Request,
         asked: GenerationRequest,
         prompts: list[list[int]],
+        whose: tuple[str, int],
         arrived_s: float,
     ) -> Response:
-        generation = self._start(asked, prompts, arrived_s, _tenant(request))
+        generation = self._start(asked, prompts, whose, arrived_s)
         watcher = asyncio.create_task(_watch_client(request.receive, generation))
         is_handed_over = False
         try:
@@ -181,7 +202,11 @@ class _Server:
                 generation.close()
 
     def _start(
-        self, asked: GenerationRequest, prompts: list[list[int]], arrived_s: float, tenant: str
+        self,
+        asked: GenerationRequest,
+        prompts: list[list[int]],
+        whose: tuple[str, int],
+        arrived_s: float,
     ) -> Generation:
         model = self._model
         pairs = [
@@ -190,10 +215,10 @@ class _Server:
         ]
         try:
             streams = self._client.submit_all(
-                pairs, asked.n, asked.cache_salt, self._spec.timeouts.request, tenant
+                pairs, asked.n, asked.cache_salt, self._seconds_left(arrived_s), *whose
             )
         except (Overloaded, NoReplica) as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
         # A completion goes on from its prompt; a chat's message is a text of its own.
         is_chat = isinstance(asked, ChatRequest)
         choices = []
@@ -211,18 +236,41 @@ class _Server:
             arrived_s=arrived_s,
         )
 
-    def _check_room(self, num_prompts: int, n: int) -> None:
+    def _seconds_left(self, arrived_s: float) -> float:
+        """Until the request's deadline. Raises ApiError when it has passed."""
+        left = arrived_s + self._spec.timeouts.request - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise ApiError(
+                504, "the request's time is up while its prompt is tokenized", code="timeout"
+            )
+        return left
+
+    def _whose(self, request: Request, asked: GenerationRequest) -> tuple[str, int]:
+        """(tenant, priority). Raises ApiError."""
+        of_key = request.scope.get("state", {}).get("tenant", "")
+        tenant = parse_tenant(request.headers.getlist(TENANT_HEADER), of_key)
+        named = request.headers.getlist(PRIORITY_HEADER)
+        return tenant, parse_priority(named, asked.priority, self._spec.router)
+
+    def _check_room(self, num_prompts: int, n: int, whose: tuple[str, int]) -> None:
         router = self._client.router
-        if num_prompts * n > router.max_queue:
+        if num_prompts * n > (most := router.admission.most(whose[1])):
             raise bad_request(
                 f"{num_prompts} prompts with n {n} are {num_prompts * n} requests; expected at "
-                f"most {router.max_queue}",
+                f"most {most}",
                 "n" if num_prompts == 1 else "prompt",
             )
         try:
-            router.check_room(num_prompts * n)
+            router.check_room(num_prompts * n, *whose, asyncio.get_running_loop().time())
         except Overloaded as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Overloaded | NoReplica) -> ApiError:
+        self._client.counters.refused += 1
+        if isinstance(error, Overloaded):
+            headers = {"retry-after": str(error.retry_after_s)}
+            return ApiError(429, str(error), code="overloaded", headers=headers)
+        return ApiError(503, str(error), code="no_replica")
 
     # -------------------------------------------------------------------------------------- tokens
 
@@ -339,8 +387,33 @@ class _Server:
                 "in_flight": self._client.router.in_flight,
                 "max_queue": self._client.router.max_queue,
                 "replicas": replicas,
+                "controller": self._admin.state,
             }
         )
+
+    # --------------------------------------------------------------------------- for the controller
+
+    async def reload(self, request: Request) -> Response:
+        asked = await self._read(request, ReloadRequest)
+        return await self._order(request, "reload", json.dumps(asked.spec))
+
+    async def drain(self, request: Request) -> Response:
+        asked = await self._read(request, DrainRequest)
+        return await self._order(request, "drain", asked.replica)
+
+    async def _order(
+        self, request: Request, action: Literal["reload", "drain"], argument: str
+    ) -> Response:
+        """Raises ApiError: 403 for a tenant's key, 409 where it is refused, 503 without answer."""
+        if self._spec.api.tenants and request.state.tenant:
+            text = "the API key is a tenant's; expected one of api.keys"
+            raise ApiError(403, text, code="not_permitted")
+        try:
+            return _json(await self._admin.order(action, argument))
+        except OrderError as error:
+            if error.is_refused:
+                raise ApiError(409, str(error), code="refused") from error
+            raise ApiError(503, str(error), code="no_controller") from error
 
     # -------------------------------------------------------------------------------------- caches
 
@@ -421,7 +494,14 @@ class _Server:
     # --------------------------------------------------------------------------- reading, refusing
 
     async def _read(self, request: Request, model: type[Asked]) -> Asked:
-        return parse_request(await _read_body(request, self._spec.api.max_body), model)
+        limit = self._spec.timeouts.request
+        try:
+            async with asyncio.timeout(limit):
+                body = await _read_body(request, self._spec.api.max_body)
+        except TimeoutError:
+            text = f"the body has not come within {limit:g} s"
+            raise ApiError(408, text, code="timeout") from None
+        return parse_request(body, model)
 
     def render_error(self, error: ApiError) -> Response:
         self._metrics.observe_http_error(error.status)
@@ -539,12 +619,6 @@ class _KeyCheck:
         return found if scheme.lower() == b"bearer" else None
 
 
-def _tenant(request: Request) -> str:
-    """Raises ApiError."""
-    of_key = request.scope.get("state", {}).get("tenant", "")
-    return parse_tenant(request.headers.getlist(TENANT_HEADER), of_key)
-
-
 async def _watch_client(receive: Receive, generation: Generation) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -566,13 +640,6 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     if num_bytes > max_bytes:
         raise ApiError(413, f"the body is longer than {max_bytes} bytes", code="request_too_large")
     return b"".join(parts)
-
-
-def _unavailable(error: Overloaded | NoReplica) -> ApiError:
-    if isinstance(error, Overloaded):
-        headers = {"retry-after": str(error.retry_after_s)}
-        return ApiError(429, str(error), code="overloaded", headers=headers)
-    return ApiError(503, str(error), code="no_replica")
 
 
 async def _run(num_characters: int, work: Callable[[], Result]) -> Result:

@@ -6,6 +6,11 @@ what all conversations need. Each client has one conversation; a round is one tu
 once, and begins when the last of the round before has ended. The same prompts and greedy decoding
 everywhere, so that only the cache differs. Time to first token is what the client sees. With three
 tiers the host tier has a quarter of its size, so that storage has something to do.
+
+`--paired` is for small differences: a server with the cache off runs beside each other one, and
+both are asked each turn, one request at a time, in random order, with pauses in which what is kept
+is written. Of each pair the ratio counts; the interval of its median is from 2,000 bootstrap
+samples of pairs. What a turn costs that finds nothing (looking it up, keeping it) is in it too.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,14 @@ from pd.http_client import get_json, stream_json
 from pd.spec import load_spec, parse_bytes
 
 TIERS = ("off", "device", "device + host", "device + host + storage")
+WIDTH = 120
+"""Of the tables, in characters."""
+_LOWEST_TOKEN = 10
+_FEW_TOKENS = 1000
+"""The vocabulary that is drawn from, unless the model's is smaller."""
+_SAMPLES = 2000
+_WARM_UP = 3
+"""Requests to each server of a paired run."""
 _STORAGE_SHARE = 4
 
 
@@ -43,6 +56,13 @@ class MultiturnOptions:
     output_tokens: int = 16
     device_pages: int = 160
     host_memory: str = "256MiB"
+    storage: str = "file"
+    storage_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Default: a folder."""
+    tiers: tuple[str, ...] = TIERS
+    """Those of them to be timed, besides "off"."""
+    pause_s: float = 0.3
+    """After each request of a paired run."""
     seed: int = 0
 
 
@@ -59,14 +79,14 @@ def run_multiturn(
     options: MultiturnOptions, console: Console, on_round: Callable[[str, int], None]
 ) -> dict[str, Any]:
     """The report, as JSON. Raises BenchError, ServerError and HttpError."""
-    if min(options.clients, options.rounds, options.new_tokens, options.output_tokens) < 1:
-        raise BenchError("clients, rounds, new and output tokens: expected at least 1 of each")
+    _check(options)
     runs: list[dict[str, Any]] = []
     outputs: list[list[tuple[int, ...]]] = []
     with tempfile.TemporaryDirectory(prefix="pagerelay-bench-") as folder:
         for tiers in TIERS:
-            spec = Path(folder) / f"{len(runs)}.yaml"
-            spec.write_text(yaml.safe_dump(_spec(options, tiers, Path(folder) / "storage")))
+            if tiers != "off" and tiers not in options.tiers:
+                continue
+            spec = _write_spec(options, tiers, Path(folder))
             rounds = _converse(spec, options, console, functools.partial(on_round, tiers))
             outputs.append([turn.tokens for turns in rounds for turn in turns])
             runs.append({"tiers": tiers, "rounds": [_summary(turns) for turns in rounds]})
@@ -75,10 +95,55 @@ def run_multiturn(
         for one, of_base in zip(run["rounds"], base, strict=True):
             one["ttft_ratio_to_off"] = one["ttft_p50_s"] / of_base["ttft_p50_s"]
     return {
-        "options": {**dataclasses.asdict(options), "spec": str(options.spec)},
+        "options": _told(options),
         "tokens_equal": all(tokens == outputs[0] for tokens in outputs),
         "runs": runs,
     }
+
+
+def run_paired(
+    options: MultiturnOptions, console: Console, on_round: Callable[[str, int], None]
+) -> dict[str, Any]:
+    """The report, as JSON. Raises BenchError, ServerError and HttpError."""
+    _check(options)
+    runs: list[dict[str, Any]] = []
+    is_equal = True
+    with tempfile.TemporaryDirectory(prefix="pagerelay-bench-") as folder:
+        base = Server(_write_spec(options, "off", Path(folder)))
+        try:
+            base_url = base.wait_ready(console)
+            for tiers in TIERS[1:]:
+                if tiers not in options.tiers:
+                    continue
+                server = Server(_write_spec(options, tiers, Path(folder)))
+                try:
+                    urls = (base_url, server.wait_ready(console))
+                    rounds = _converse_with_both(urls, options, functools.partial(on_round, tiers))
+                finally:
+                    server.stop()
+                is_equal &= all(a.tokens == b.tokens for pairs in rounds for a, b in pairs)
+                runs.append({"tiers": tiers, "rounds": [_paired_summary(each) for each in rounds]})
+        finally:
+            base.stop()
+    return {"options": _told(options), "tokens_equal": is_equal, "runs": runs}
+
+
+def _check(options: MultiturnOptions) -> None:
+    if min(options.clients, options.rounds, options.new_tokens, options.output_tokens) < 1:
+        raise BenchError("clients, rounds, new and output tokens: expected at least 1 of each")
+    unknown = set(options.tiers) - set(TIERS)
+    if unknown:
+        raise BenchError(f"tiers: found {min(unknown)!r}, expected some of {', '.join(TIERS)}")
+
+
+def _told(options: MultiturnOptions) -> dict[str, Any]:
+    return {**dataclasses.asdict(options), "spec": str(options.spec)}
+
+
+def _write_spec(options: MultiturnOptions, tiers: str, folder: Path) -> Path:
+    path = folder / f"{TIERS.index(tiers)}.yaml"
+    path.write_text(yaml.safe_dump(_spec(options, tiers, folder / "storage")))
+    return path
 
 
 def _spec(options: MultiturnOptions, tiers: str, storage: Path) -> dict[str, Any]:
@@ -91,8 +156,12 @@ def _spec(options: MultiturnOptions, tiers: str, storage: Path) -> dict[str, Any
         cache["host"] = {"memory": memory // (_STORAGE_SHARE if "storage" in tiers else 1)}
     if "storage" in tiers:
         storage.mkdir(exist_ok=True)
-        file = {"path": str(storage), "limit": "20GiB"}
-        cache["storage"] = {"backend": "file", "options": file, "prefetch": "wait_complete"}
+        of_file = {"path": str(storage), "limit": "20GiB"} if options.storage == "file" else {}
+        cache["storage"] = {
+            "backend": options.storage,
+            "options": {**of_file, **options.storage_options},
+            "prefetch": "wait_complete",
+        }
     return {**spec, "cache": cache, "name": "bench-multiturn"}
 
 
@@ -102,18 +171,11 @@ def _converse(
     server = Server(spec)
     try:
         url = server.wait_ready(console)
-        model = get_json(f"{url}/v1/models")["data"][0]["id"]
-        rng = random.Random(options.seed)
-        fresh = [
-            [
-                [rng.randrange(10, 1000) for _ in range(options.new_tokens)]
-                for _ in range(options.rounds)
-            ]
-            for _ in range(options.clients)
-        ]
+        model, draw = _model(url, options.seed)
+        fresh = _fresh(options, draw)
         prompts: list[list[int]] = [[] for _ in range(options.clients)]
         rounds = []
-        _ask(url, model, [rng.randrange(10, 1000) for _ in range(options.new_tokens)], 2)
+        _ask(url, model, draw(options.new_tokens), 2)
         with ThreadPoolExecutor(options.clients) as pool:
             for number in range(options.rounds):
                 on_round(number)
@@ -130,6 +192,49 @@ def _converse(
         return rounds
     finally:
         server.stop()
+
+
+def _converse_with_both(
+    urls: tuple[str, str], options: MultiturnOptions, on_round: Callable[[int], None]
+) -> list[list[tuple[Turn, Turn]]]:
+    """By round and client: the turn as each server took it."""
+    model, draw = _model(urls[0], options.seed)
+    fresh = _fresh(options, draw)
+    order = random.Random(options.seed)
+    prompts: list[list[int]] = [[] for _ in range(options.clients)]
+    rounds = []
+    for url in urls:
+        for _ in range(_WARM_UP):
+            _ask(url, model, draw(options.new_tokens), 2)
+            time.sleep(options.pause_s)
+    for number in range(options.rounds):
+        on_round(number)
+        pairs = []
+        for prompt, parts in zip(prompts, fresh, strict=True):
+            prompt += parts[number]
+            turns: dict[str, Turn] = {}
+            for url in order.sample(urls, 2):
+                turns[url] = _ask(url, model, prompt, options.output_tokens)
+                time.sleep(options.pause_s)
+            prompt += turns[urls[0]].tokens
+            pairs.append((turns[urls[0]], turns[urls[1]]))
+        rounds.append(pairs)
+    return rounds
+
+
+def _model(url: str, seed: int) -> tuple[str, Callable[[int], list[int]]]:
+    """Its name, and what draws so many random tokens of it."""
+    model = get_json(f"{url}/v1/models")["data"][0]
+    end = min(_FEW_TOKENS, model["vocab_size"])
+    rng = random.Random(seed)
+    return model["id"], lambda count: [rng.randrange(_LOWEST_TOKEN, end) for _ in range(count)]
+
+
+def _fresh(options: MultiturnOptions, draw: Callable[[int], list[int]]) -> list[list[list[int]]]:
+    """By client and round, what a turn adds."""
+    return [
+        [draw(options.new_tokens) for _ in range(options.rounds)] for _ in range(options.clients)
+    ]
 
 
 def _ask(url: str, model: str, prompt: list[int], max_tokens: int) -> Turn:
@@ -161,6 +266,20 @@ def _ask(url: str, model: str, prompt: list[int], max_tokens: int) -> Turn:
     return Turn(first - start, len(prompt), cached, tuple(tokens))
 
 
+def _paired_summary(pairs: list[tuple[Turn, Turn]]) -> dict[str, Any]:
+    off, turns = ([pair[which] for pair in pairs] for which in (0, 1))
+    ratios = [turn.ttft_s / base.ttft_s for base, turn in pairs]
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_SAMPLES))
+    return {
+        **_summary(turns),
+        "off_ttft_p50_s": statistics.median(turn.ttft_s for turn in off),
+        "ratio_p50": statistics.median(ratios),
+        "ratio_p50_interval": [medians[_SAMPLES // 20], medians[-_SAMPLES // 20]],
+        "ratios": ratios,
+    }
+
+
 def _summary(turns: list[Turn]) -> dict[str, Any]:
     times = sorted(turn.ttft_s for turn in turns)
     return {
@@ -173,14 +292,66 @@ def _summary(turns: list[Turn]) -> dict[str, Any]:
     }
 
 
-def print_multiturn(report: dict[str, Any], console: Console) -> None:
-    options = report["options"]
+def print_paired(report: dict[str, Any], console: Console) -> None:
+    _print_conditions(report["options"], console)
+    console.print(
+        f"one request at a time, each turn of both servers in random order, "
+        f"{report['options']['pause_s']:g} s after each",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "tiers",
+        "round",
+        "prompt",
+        "off p50",
+        "TTFT p50",
+        "ratio p50",
+        "90 %",
+        "max",
+        "device",
+        "host",
+        "storage",
+    ):
+        table.add_column(column, justify="left" if column == "tiers" else "right")
+    for run in report["runs"]:
+        for number, one in enumerate(run["rounds"]):
+            low, high = one["ratio_p50_interval"]
+            cached = one["cached_tokens"]
+            table.add_row(
+                "" if number else run["tiers"],
+                str(number + 1),
+                str(one["prompt_tokens"]),
+                f"{one['off_ttft_p50_s'] * 1000:.1f} ms",
+                f"{one['ttft_p50_s'] * 1000:.1f} ms",
+                f"{one['ratio_p50']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{max(one['ratios']):.2f}",
+                *(str(cached[tier]) for tier in ("device", "host", "storage")),
+            )
+    console.print(table)
+    console.print("prompt, device, host and storage: tokens of all clients, cached where they say")
+    _print_inequality(report, console)
+
+
+def _print_conditions(options: dict[str, Any], console: Console) -> None:
+    of_storage = "".join(f" {key}={value}" for key, value in options["storage_options"].items())
     console.print(
         f"{options['clients']} clients, {options['rounds']} rounds of {options['new_tokens']} new "
         f"and {options['output_tokens']} generated tokens; {options['device_pages']} device pages, "
-        f"host {options['host_memory']} (a quarter of that beside storage); {options['spec']}",
+        f"host {options['host_memory']} (a quarter of that beside storage), storage "
+        f"{options['storage']}{of_storage}; {options['spec']}",
         highlight=False,
     )
+
+
+def _print_inequality(report: dict[str, Any], console: Console) -> None:
+    if not report["tokens_equal"]:
+        console.print("[bold red]the tokens differ between the runs[/bold red]")
+
+
+def print_multiturn(report: dict[str, Any], console: Console) -> None:
+    _print_conditions(report["options"], console)
     table = Table(box=None, pad_edge=False)
     for column in (
         "tiers",
@@ -208,5 +379,4 @@ def print_multiturn(report: dict[str, Any], console: Console) -> None:
             )
     console.print(table)
     console.print("prompt, device, host and storage: tokens of all clients, cached where they say")
-    if not report["tokens_equal"]:
-        console.print("[bold red]the tokens differ between the runs[/bold red]")
+    _print_inequality(report, console)

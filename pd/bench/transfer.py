@@ -180,17 +180,17 @@ class TransferReport:
 # ------------------------------------------------------------------------------------ what to do
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, option: str = "--pair") -> Topology:
     """tp8, cp2, tp2pp2cp3. Raises BenchError."""
     found = re.findall(r"(tp|pp|cp)(\d{1,3})", text)
     names = [name for name, _ in found]
     if not found or "".join(map("".join, found)) != text or len(set(names)) < len(names):
-        raise BenchError(f"--pair: found {text!r}, expected such as tp8 or tp2pp2cp3")
+        raise BenchError(f"{option}: found {text!r}, expected such as tp8 or tp2pp2cp3")
     try:
         sizes = {name: int(number) for name, number in found}
         return Topology(tp=sizes.get("tp", 1), pp=sizes.get("pp", 1), cp=sizes.get("cp", 1))
     except ValueError as error:
-        raise BenchError(f"--pair: {error}") from error
+        raise BenchError(f"{option}: {error}") from error
 
 
 def parse_pair(text: str) -> tuple[Topology, Topology]:

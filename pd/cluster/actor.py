@@ -8,18 +8,24 @@ import dataclasses
 import faulthandler
 import logging
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from pd.api.node import ApiNode
 from pd.cache_node import CacheNode
-from pd.node import Member, Node, NodeConfig
+from pd.messages import ReplicaLoad
+from pd.node import Member, Node, NodeConfig, Order
 from pd.rank_node import RankNode
 from pd.replica_node import ReplicaNode
+from pd.spec import ClusterSpec
+
+log = logging.getLogger("pagerelay")
 
 
 class ProcessId(NamedTuple):
@@ -31,10 +37,15 @@ class ProcessId(NamedTuple):
     start_time: str
 
 
+def has_ended(process: ProcessId) -> bool:
+    """A process of this host."""
+    return _start_time(process.pid) != process.start_time
+
+
 def end_process(process: ProcessId, timeout_s: float) -> bool:
     """Kill a process of this host and wait until it is gone; False if it is still there."""
     deadline = time.monotonic() + timeout_s
-    while _start_time(process.pid) == process.start_time:
+    while not has_ended(process):
         if time.monotonic() > deadline:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -52,11 +63,45 @@ def _start_time(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
+class Report(NamedTuple):
+    """How a process is, for the controller."""
+
+    failure: str
+    """Why it has to end, or nothing."""
+    silent: list[str]
+    """Peers that it hears nothing from."""
+    is_idle: bool
+    load: ReplicaLoad | None
+    """A replica's."""
+    refused: int
+    """Requests, by an API server since it started."""
+    orders: list[Order]
+
+
+class Description(NamedTuple):
+    """A process as it is found by a new controller."""
+
+    config: NodeConfig
+    member: Member | None
+    """None: it has not started."""
+    process_id: ProcessId
+    is_draining: bool
+    controller: ProcessId
+
+
+class Superseded(Exception):
+    """Another controller has adopted this process."""
+
+
 class NodeActor:
     """One process: `start` once, then `set_members` and `report` as often as wanted, `stop` at the
-    end."""
+    end.
 
-    def __init__(self, config: NodeConfig) -> None:
+    It obeys the controller that created it, or the last one that adopted it, and ends by itself
+    when that one has not been heard of for `timeouts.controller`.
+    """
+
+    def __init__(self, config: NodeConfig, controller: ProcessId) -> None:
         faulthandler.enable()
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("pagerelay").setLevel(os.environ.get("PAGERELAY_LOG", "INFO"))
@@ -69,6 +114,9 @@ class NodeActor:
         elif config.rank:
             node = RankNode
         self._node = node(dataclasses.replace(config, host=host))
+        self._controller = controller
+        self._asked = time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
 
     async def meet(self) -> tuple[str, int]:
         """Of a replica's first rank, before `start`: where its ranks find each other."""
@@ -76,21 +124,58 @@ class NodeActor:
         return self._node.make_meeting()
 
     async def start(self, meeting: tuple[str, int] | None = None) -> tuple[Member, ProcessId]:
+        self._watch = asyncio.create_task(self._end_without_controller())
         self._node.meeting = meeting
-        member = await self._node.start()
-        node = ray.get_runtime_context().get_node_id()
-        return member, ProcessId(node, os.getpid(), _start_time(os.getpid()))
+        return await self._node.start(), own_id()
 
     async def set_members(self, members: list[Member], reason: str = "") -> None:
+        self._asked = time.monotonic()
         try:
             self._node.set_members(members, reason)
         except Exception as error:  # a node in doubt about its peers ends; `report` says why
             self._node.failure = f"{type(error).__name__}: {error}"
             raise
 
-    async def report(self) -> dict[str, Any]:
-        """Answered while the node's event loop lives."""
-        return {"failure": self._node.failure, "silent": self._node.silent_peers()}
+    async def report(self, controller: ProcessId) -> Report:
+        """Answered while the node's event loop lives. Raises Superseded."""
+        if controller != self._controller:
+            raise Superseded
+        self._asked = time.monotonic()
+        node = self._node
+        refused = node.num_refused if isinstance(node, ApiNode) else 0
+        load = node.heartbeat().load if node.member is not None else None
+        return Report(
+            node.failure,
+            node.silent_peers(),
+            node.member is None or node.is_idle,
+            load,
+            refused,
+            node.take_orders(),
+        )
+
+    async def describe(self) -> Description:
+        node = self._node
+        return Description(node.config, node.member, own_id(), node.is_draining, self._controller)
+
+    async def adopt(self, controller: ProcessId) -> None:
+        """From now on it obeys this one."""
+        self._controller = controller
+        self._asked = time.monotonic()
+
+    async def set_spec(self, spec: ClusterSpec) -> None:
+        """Of an API server: what it can change while it serves."""
+        assert isinstance(self._node, ApiNode)
+        self._node.set_spec(spec)
+
+    async def set_state(self, state: dict[str, Any]) -> None:
+        """Of an API server: what the controller tells people."""
+        assert isinstance(self._node, ApiNode)
+        self._node.admin.state = state
+
+    async def answer(self, serial: int, error: str, result: dict[str, Any]) -> None:
+        """Of an API server: what became of an order."""
+        assert isinstance(self._node, ApiNode)
+        self._node.admin.answered(serial, error, result)
 
     async def check(self) -> dict[str, Any]:
         return self._node.check()
@@ -101,3 +186,22 @@ class NodeActor:
 
     async def stop(self) -> None:
         await self._node.stop()
+
+    async def _end_without_controller(self) -> None:
+        limit = self._node.spec.timeouts.controller
+        while (left := self._asked + limit - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        log.error("%s ends: no controller for %g s", self._node.name, limit)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._node.stop(), self._node.spec.timeouts.stop)
+        with contextlib.suppress(Exception):
+            # Nobody else is left to give its resources back.
+            remove_placement_group(get_placement_group(self._node.config.replica))
+        if self._node.config.socket_folder:
+            shutil.rmtree(self._node.config.socket_folder, ignore_errors=True)
+        os._exit(1)
+
+
+def own_id() -> ProcessId:
+    node = ray.get_runtime_context().get_node_id()
+    return ProcessId(node, os.getpid(), _start_time(os.getpid()))

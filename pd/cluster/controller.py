@@ -1,44 +1,34 @@
-"""Brings a spec's processes up on Ray, watches them, starts what has died again, and takes them
-down.
+"""Keeps what runs on Ray what the spec and the load ask for, as an operator would.
 
-One placement group per replica, in which a bundle, and so a node, has all tensor-parallel ranks of
-a stage and context-parallel rank; one actor per process, one namespace per cluster
-(`pagerelay/NAME`). The controller tells every node who is a member; a process that dies, fails or
-does not answer for the heartbeat time-out is ended, with all ranks of its replica, taken off the
-list, and started again as another process of that name. All waits have deadlines.
+The controller watches all processes, twice a second. One that dies, fails or does not answer for
+the heartbeat time-out is ended, with all ranks of its replica, and started again as another process
+of that name. Every node is told who is a member. How many replicas of each role there are is the
+planner's word (pd/planner.py), and which are started and which are drained is planned in
+pd/rollout.py: replicas that the load no longer needs, or whose part of the spec has changed, are
+drained: they get nothing new, their requests go on elsewhere with their pages, and then they end.
+
+On a Ray cluster that outlives the controller, so do its processes. The next controller of a spec of
+that name adopts them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import os
-import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
-import zmq
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
 
-from pd.cluster.actor import NodeActor, ProcessId, end_process
-from pd.models import resolve_model
-from pd.node import Member, NodeConfig
-from pd.rank import endpoint
-from pd.spec import ClusterSpec, MemberRole, RoleSpec, SpecError, replica_role
+from pd.cluster.actor import Report
+from pd.cluster.launcher import Launcher, Network, Progress, is_alive
+from pd.cluster.unit import Phase, Process, StartError, Unit
+from pd.node import Member, Order
+from pd.planner import Observed, Planner, bounds_of
+from pd.rollout import Drain, Replica, Start, plan_rollout, version_of
+from pd.spec import ClusterSpec, Role, SpecError, parse_spec, replica_role
 
 _WATCH_S = 0.5
 _POLL_S = 0.1
@@ -50,86 +40,20 @@ _STABLE_S = 20.0
 """... until it has run so long."""
 _CAUSE_S = 2.0
 """So long a rank's death may come after the errors that it makes in other ranks."""
+_NO_ROOM_S = 10.0
+"""Waiting for resources for so long, there seem to be none."""
+_IDLE_REPORTS = 2
+"""Of a draining replica, one after the other: what was on its way to it has come."""
 _DIED = "its process died"
-_PROCESS_ENVIRONMENT = {
-    # Compute threads that wait must sleep, not spin: the cores are shared.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # A step's activations are freed and wanted again: keep the memory, do not fault it in anew.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
-
-Progress = Callable[[str], None]
+_FIXED = (
+    *("name", "page_tokens", "network"),
+    *("model.path", "model.name", "model.chat_template"),
+)
+"""What a reload cannot change; nor where the API listens, which the command line may have said."""
 
 
-class StartError(RuntimeError):
-    """The cluster did not come up; the message says what and why."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Process:
-    name: str
-    rank: int = 0
-    actor: Any = None
-    meeting: Any = None
-    """Reference to where a replica's ranks find each other; the first rank's."""
-    starting: Any = None
-    """Reference to what its `start` returns."""
-    member: Member | None = None
-    process_id: ProcessId | None = None
-    ended: Any = None
-    """Reference that fails when the process dies."""
-    report: Any = None
-    report_asked: float = 0.0
-
-    def where(self) -> str:
-        """For people: which rank of its replica; empty where there is no other."""
-        rank = self.member.facts.get("rank") if self.member else None
-        return f"rank {rank}" if rank else ""
-
-
-class _Phase(enum.Enum):
-    ABSENT = enum.auto()
-    PLACING = enum.auto()
-    """Waits for resources."""
-    STARTING = enum.auto()
-    RUNNING = enum.auto()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Unit:
-    """What lives and dies together: a replica with all its ranks, a keeper, an API server.
-
-    ABSENT -> PLACING -> STARTING -> RUNNING -> ABSENT; from each back to ABSENT when it fails.
-    """
-
-    name: str
-    role: MemberRole | None
-    """None: an API server."""
-    node: str = ""
-    """Ray's id of the node that a keeper belongs to."""
-    phase: _Phase = _Phase.ABSENT
-    group: PlacementGroup | None = None
-    """Only of a replica."""
-    processes: list[_Process] = dataclasses.field(default_factory=list)
-    """By rank."""
-    deadline: float = 0.0
-    """Of placing and starting."""
-    problem: StartError | None = None
-    """Why a rank could not meet the others: another one's reason is better."""
-    retry_at: float = 0.0
-    failures: int = 0
-    """In a row."""
-    since: float = 0.0
-    """It has been running, or missing."""
-
-    @property
-    def is_replica(self) -> bool:
-        return self.role not in (None, "cache")
+class TakenOverError(Exception):
+    """Another controller has adopted the processes."""
 
 
 class Controller:
@@ -141,48 +65,37 @@ class Controller:
         """`check` is called twice a second while waiting, and may raise to end the wait."""
         self.spec = spec
         self._check = check
-        self.url = ""
         self._progress = progress
-        self._units: list[_Unit] = []
-        self._folder = Path()
-        self._socket_folder = ""
-        self._curve: tuple[bytes, bytes] | None = None
+        self._launcher = Launcher(progress, outlives=bool(os.environ.get("RAY_ADDRESS")))
+        self._units: list[Unit] = []
+        self._is_starting = True
+        self._is_connected = False
+        self._by_hand: set[str] = set()
+        """Replicas that somebody wants replaced."""
+        self._state: dict[str, Any] = {}
+        """As it was last told."""
+        self._planned_at = 0.0
+        self._refused: dict[str, int] = {}
+        """By API server, as it was last heard."""
+        self._use(spec, {})
+
+    @property
+    def url(self) -> str:
+        return self._launcher.url
+
+    def _use(self, spec: ClusterSpec, counts: dict[Role, int]) -> None:
+        """`counts`: replicas that there are."""
+        self.spec = spec
+        self._versions = {role: version_of(spec, role) for role, _ in spec.roles.items()}
+        self._planner = Planner(spec.planner, bounds_of(spec), spec.objectives, counts)
+        self._desired = self._planner.desired(time.monotonic())
 
     # ---------------------------------------------------------------------------------------- start
 
-    def start(self, folder: Path) -> None:
-        """Bring all processes up, with the model in `folder`, and introduce them to each other."""
-        spec = self.spec
-        self._folder = folder
-        for role, role_spec in spec.roles.items():
-            self._units += [_Unit(f"{role}-{n}", role) for n in range(role_spec.replicas.min)]
-        for unit in self._units:
-            self._begin_placing(unit)
-        self._bring_to(_Phase.STARTING, self._is_placed)
-        if spec.cache.host is not None:
-            self._add_keepers()
-        self._units.append(_Unit("api-0", None))
-        self._choose_network()
-        for unit in self._units:
-            self._begin_starting(unit)
-        self._bring_to(_Phase.RUNNING, self._has_started)
-        self._announce("")
-        members = [process.member for unit in self._units for process in unit.processes]
-        self.url = next(m.facts["url"] for m in members if m is not None and m.role is None)
-
-    def _bring_to(self, phase: _Phase, has_come: Callable[[_Unit], bool]) -> None:
-        """Wait until all units have come so far. Raises StartError for the first that cannot."""
-        waiting = list(self._units)
-        while waiting:
-            self._check()
-            waiting = [unit for unit in waiting if not has_come(unit)]
-            if waiting:
-                time.sleep(_POLL_S)
-        for unit in self._units:
-            unit.phase = phase
-
-    def connect(self) -> None:
-        """To the Ray cluster that this process was started in, else to a local one of its own."""
+    def connect(self, replace: bool = False) -> None:
+        """To the Ray cluster that this process was started in, else to a local one of its own.
+        `replace`: end processes of a controller that is gone, instead of adopting them. Raises
+        StartError where another controller lives."""
         address = os.environ.get("RAY_ADDRESS", "")
         namespace = f"pagerelay/{self.spec.name}"
         self._progress(
@@ -192,177 +105,232 @@ class Controller:
         if not address:
             options |= {"include_dashboard": False}
         ray.init(namespace=namespace, log_to_driver=False, logging_level="ERROR", **options)
-        try:
-            ray.get_actor("api-0")
-        except ValueError:
+        self._is_connected = True
+        self._launcher.connected()
+        self._adopt(namespace, replace)
+
+    def _adopt(self, namespace: str, replace: bool) -> None:
+        limit = self.spec.timeouts.heartbeat
+        found = self._launcher.find(namespace, limit)
+        controllers = {each.controller for each in found.values() if each is not None}
+        if any(is_alive(controller, limit) for controller in controllers):
+            raise StartError(
+                f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; "
+                "stop it, or choose another name"
+            )
+        if not found:
+            self._launcher.network = Network.choose(self.spec)
             return
-        raise StartError(
-            f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; stop it, "
-            "or choose another name"
-        )
+        self._units = self._launcher.adopt(found, limit)
+        if replace:
+            self._progress(f"ending {len(found)} processes that an earlier controller left")
+            self._end_all()
+            for unit in self._units:
+                self._launcher.end(unit, limit)
+            self._units = []
+            self._launcher.network = Network.choose(self.spec)
+            return
+        names = ", ".join(unit.name for unit in self._units)
+        self._progress(f"adopted {names or 'nothing'} of an earlier controller")
 
-    def _add_keepers(self) -> None:
-        """One for each node that has replicas."""
-        nodes = {node: None for unit in self._units for node in sorted(_nodes_of(unit.group))}
-        for number, node in enumerate(nodes):
-            self._units.append(_Unit(f"cache-{number}", "cache", node))
+    def start(self, folder: Path) -> None:
+        """Bring up what is missing, with the model in `folder`, and introduce all processes to each
+        other. Raises StartError and SpecError for what cannot."""
+        self._launcher.folder = folder
+        kept = [u.role for u in self._units if u.is_replica and not u.is_draining]
+        self._use(self.spec, {role: kept.count(role) for role in self._desired})
+        # What serves already is not ended because something else cannot start.
+        self._is_starting = not kept
+        if not any(unit.role is None for unit in self._units):
+            self._units.append(Unit("api-0", None))
+        self._reconcile()
+        while not self._is_ready():
+            self.watch_once()
+        self._is_starting = False
+        self._announce("")
+        for process in self._api_processes():
+            process.actor.set_spec.remote(self.spec)
 
-    def _choose_network(self) -> None:
-        """ipc if all processes share this host."""
-        nodes = {ray.get_runtime_context().get_node_id()}
-        for unit in self._units:
-            nodes |= _nodes_of(unit.group)
-        if self.spec.network == "ipc" or (self.spec.network == "auto" and len(nodes) == 1):
-            self._socket_folder = tempfile.mkdtemp(prefix="pagerelay-")
-        else:
-            self._curve = zmq.curve_keypair()
+    def _is_ready(self) -> bool:
+        """All that the spec wants runs; of a cluster that was adopted, an API server."""
+        wanted = [unit for unit in self._units if unit.role is None or self._is_starting]
+        return all(unit.is_running for unit in wanted if self._is_wanted(unit))
 
-    # ------------------------------------------------------------------------------------- one unit
-
-    def _role_spec(self, unit: _Unit) -> RoleSpec:
-        return dict(self.spec.roles.items())[replica_role(unit.role)]
-
-    def _begin_placing(self, unit: _Unit) -> None:
-        unit.phase = _Phase.PLACING
-        unit.deadline = time.monotonic() + self.spec.timeouts.start
-        unit.problem = None
-        if unit.is_replica:
-            role = self._role_spec(unit)
-            count = role.topology.num_ranks // role.topology.tp
-            bundle = {kind: each * role.topology.tp for kind, each in role.rank_resources().items()}
-            labels = {"bundle_label_selector": [role.labels] * count} if role.labels else {}
-            self._progress(f"{unit.name}: waiting for resources")
-            unit.group = placement_group(
-                [bundle] * count, strategy="PACK", name=unit.name, **labels
-            )
-
-    def _is_placed(self, unit: _Unit) -> bool:
-        """Raises StartError when the time is up."""
-        if unit.group is None or unit.group.wait(0):
+    def _is_wanted(self, unit: Unit) -> bool:
+        """For a start to be complete."""
+        if not unit.is_replica:
             return True
-        if time.monotonic() < unit.deadline:
-            return False
-        wants = unit.group.bundle_specs[0]
-        raise StartError(
-            f"{unit.name}: no node offers {wants} within {self.spec.timeouts.start:g} s "
-            f"(timeouts.start); the cluster has {_amounts(ray.cluster_resources())}, and free are "
-            f"{_amounts(ray.available_resources())}"
-        )
+        return not unit.is_draining and unit.version == self._versions.get(replica_role(unit.role))
 
-    def _begin_starting(self, unit: _Unit) -> None:
-        unit.phase = _Phase.STARTING
-        unit.deadline = time.monotonic() + self.spec.timeouts.start
-        count = self._role_spec(unit).topology.num_ranks if unit.is_replica else 1
-        unit.processes = [_Process(endpoint(unit.name, rank), rank) for rank in range(count)]
-        for process in unit.processes:
-            process.actor = self._create(unit, process)
-        first = unit.processes[0]
-        if count > 1:
-            first.meeting = first.actor.meet.remote()
-        for process in unit.processes:
-            process.starting = process.actor.start.remote(*([first.meeting] if count > 1 else []))
+    # ---------------------------------------------------------------------------------------- watch
 
-    def _create(self, unit: _Unit, process: _Process) -> Any:
-        config = NodeConfig(
-            process.name,
-            unit.role,
-            self._spec_for(unit),
-            str(self._folder),
-            self._socket_folder,
-            self._curve,
-            rank=process.rank,
-            replica=unit.name,
-        )
-        options: dict[str, Any] = {"name": process.name, "max_concurrency": 16}
-        threads = 1
-        if unit.is_replica:
-            role = self._role_spec(unit)
-            threads = role.threads
-            resources = role.rank_resources()
-            options |= {
-                "num_cpus": resources.pop("CPU", 0),
-                "num_gpus": resources.pop("GPU", 0),
-                "resources": resources,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    unit.group, process.rank // role.topology.tp
-                ),
-            }
+    def watch_once(self) -> None:
+        """Look after the processes for half a second: end units of which something has died, start
+        what is missing, drain what is too much."""
+        self._check()
+        self._watch()
+        self._plan()
+        self._reconcile()
+        for unit in list(self._units):
+            if unit.is_draining:
+                self._drain_further(unit)
+            elif not unit.is_running:
+                self._restore(unit)
+        self._tell_state()
+
+    def _watch(self) -> None:
+        running = [unit for unit in self._units if unit.is_running]
+        references = [process.ended for unit in running for process in unit.processes]
+        ended: list[Any] = []
+        wait_s = _POLL_S if self._is_starting else _WATCH_S
+        if references:
+            ended, _ = ray.wait(references, num_returns=len(references), timeout=wait_s)
         else:
-            # An API server goes beside the controller: its port is on this host.
-            node = unit.node or ray.get_runtime_context().get_node_id()
-            options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
-        environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
-        if self._socket_folder:
-            # One host: UCX needs no network but the loopback, and should listen on no other.
-            environment["UCX_NET_DEVICES"] = os.environ.get("UCX_NET_DEVICES", "lo")
-        options["runtime_env"] = {"env_vars": environment}
-        return ray.remote(**options)(NodeActor).remote(config)
+            time.sleep(wait_s)
+        for unit in running:
+            for process in unit.processes:
+                reason = _DIED if process.ended in ended else self._health(process)
+                if reason:
+                    self._remove(unit, *self._culprit(unit, process, reason))
+                    break
 
-    def _spec_for(self, unit: _Unit) -> ClusterSpec:
-        """An API server that is started again listens where clients know it."""
-        if unit.role is not None or not self.url:
-            return self.spec
-        port = int(self.url.rpartition(":")[2])
-        return self.spec.model_copy(update={"api": self.spec.api.model_copy(update={"port": port})})
+    def _culprit(self, unit: Unit, process: Process, reason: str) -> tuple[Process, str]:
+        """Where ranks fail because another one has died, that one."""
+        if reason != _DIED and len(unit.processes) > 1:
+            dead, _ = ray.wait([each.ended for each in unit.processes], timeout=_CAUSE_S)
+            for each in unit.processes:
+                if each.ended in dead:
+                    return each, _DIED
+        return process, reason
 
-    def _has_started(self, unit: _Unit) -> bool:
-        """Raises StartError, and SpecError where the spec does not fit the model."""
-        for process in unit.processes:
-            if process.member is None and ray.wait([process.starting], timeout=0)[0]:
-                self._take_member(unit, process)
-        pending = [process.name for process in unit.processes if process.member is None]
-        if pending and time.monotonic() > unit.deadline:
-            raise unit.problem or StartError(
-                f"{', '.join(pending)}: not ready within {self.spec.timeouts.start:g} s "
-                "(timeouts.start)"
-            )
-        if pending:
+    def _health(self, process: Process) -> str:
+        """Why the process must end, or nothing."""
+        now = time.monotonic()
+        if process.report is None:
+            process.report = process.actor.report.remote(self._launcher.id)
+            process.report_asked = now
+            return ""
+        ready, _ = ray.wait([process.report], timeout=0)
+        if not ready:
+            silent = now - process.report_asked
+            limit = self.spec.timeouts.heartbeat
+            return f"it has not answered for {silent:.0f} s" if silent > limit else ""
+        reference, process.report = process.report, None
+        try:
+            report: Report = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if type(error.cause).__name__ == "Superseded":
+                self._units, self._launcher.network = [], Network()  # not ours to end
+                raise TakenOverError("another controller has taken over") from error
+            return f"it cannot say how it is: {error.cause}"
+        except ray.exceptions.RayError as error:
+            return f"its process died: {type(error).__name__}"
+        process.last_report = report
+        if report.silent:
+            self._progress(f"{process.name}: hears nothing from {', '.join(report.silent)}")
+        for order in report.orders:
+            self._obey(process, order)
+        return report.failure
+
+    def _remove(self, unit: Unit, process: Process, reason: str) -> None:
+        where = process.where()
+        if where and not reason.startswith("rank "):
+            reason = f"{where}: {reason}"
+        self._progress(f"{unit.name}: gone: {reason}")
+        if self._is_starting and not unit.was_running:
+            raise StartError(f"{unit.name}: gone: {reason}")
+        if time.monotonic() - unit.since > _STABLE_S:
+            unit.failures = 0
+        if self._end(unit):
+            self._announce(reason)
+
+    def _end(self, unit: Unit) -> bool:
+        """Its processes; it is started again after a while, unless it drains. False: try again."""
+        was_running = unit.is_running
+        if not self._launcher.end(unit, self.spec.timeouts.heartbeat):
             return False
-        self._check_compatible(unit)
-        unit.since = time.monotonic()
+        now = time.monotonic()
+        if was_running:
+            unit.since = now  # an attempt that fails does not make it missing for less long
+        unit.retry_at = now + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
+        unit.failures = min(unit.failures + 1, _MOST_FAILURES)
+        if unit.is_draining:
+            self._units.remove(unit)
         return True
 
-    def _take_member(self, unit: _Unit, process: _Process) -> None:
+    def _restore(self, unit: Unit) -> None:
+        """Bring a unit that is missing one step further."""
+        now = time.monotonic()
         try:
-            process.member, process.process_id = ray.get(process.starting)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SpecError):
-                raise SpecError(f"{process.name}: {error.cause}") from error
-            kind = type(error.cause).__name__
-            problem = StartError(f"{process.name}: {kind}: {error.cause}")
-            if kind != "RankError":
-                raise problem from error
-            if unit.problem is None:
-                unit.problem = problem
-                unit.deadline = min(unit.deadline, time.monotonic() + _CAUSE_S)
-            return
-        except ray.exceptions.RayActorError as error:
-            cause = str(error).strip().splitlines()[-1].strip()
-            raise StartError(f"{process.name}: its process died while starting: {cause}") from error
-        process.ended = process.actor.ended.remote()
-        facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
-        self._progress(f"{process.name}: ready ({facts})")
+            if unit.phase is Phase.ABSENT and now >= unit.retry_at:
+                self._launcher.begin_placing(unit, self.spec)
+            if unit.phase is Phase.PLACING and self._is_placed(unit):
+                self._launcher.begin_starting(unit, self.spec)
+            if unit.phase is Phase.STARTING:
+                missing = now - unit.since
+                if self._launcher.has_started(unit, self.spec.timeouts.start):
+                    self._check_compatible(unit)
+                    self._joined(unit, missing)
+        except (StartError, SpecError, ValueError, ray.exceptions.RayError) as error:
+            if self._is_starting:
+                raise
+            self._progress(f"{unit.name}: cannot be started: {error}")
+            self._end(unit)
 
-    def _check_compatible(self, unit: _Unit) -> None:
-        """Replicas must agree on everything that a page's bytes depend on. Raises StartError."""
-        mine = unit.processes[0].member
-        others = [other.processes[0].member for other in self._units if other.processes]
-        other = next((m for m in others if m and m is not mine and m.is_replica), None)
-        if mine is None or other is None or not mine.is_replica:
+    def _joined(self, unit: Unit, missing_s: float) -> None:
+        what = f"back after {missing_s:.1f} s" if unit.was_running else "joined"
+        unit.phase, unit.was_running = Phase.RUNNING, True
+        if self._is_starting:
             return
-        problems = [
-            f"{key}: {other.name} has {other.compat[key]}, {mine.name} has {mine.compat.get(key)}"
-            for key in other.compat
-            if other.compat[key] != mine.compat.get(key)
-        ]
-        if problems:
-            raise StartError("replicas do not fit together: " + "; ".join(problems))
+        self._announce("")
+        self._progress(f"{unit.name}: {what}")
+        if unit.role is None:
+            for process in unit.processes:
+                process.actor.set_spec.remote(self.spec)
+            self._state = {}
+
+    def _is_placed(self, unit: Unit) -> bool:
+        """Raises StartError where a start takes too long; else the autoscaler may take its time."""
+        if self._launcher.is_placed(unit):
+            return True
+        limit = self.spec.timeouts.start
+        if self._is_starting and time.monotonic() > unit.began + limit:
+            assert unit.group is not None
+            raise StartError(
+                f"{unit.name}: no node offers {unit.group.bundle_specs[0]} within {limit:g} s "
+                f"(timeouts.start); the cluster has {_amounts(ray.cluster_resources())}, and free "
+                f"are {_amounts(ray.available_resources())}"
+            )
+        return False
+
+    def _check_compatible(self, unit: Unit) -> None:
+        """Replicas of one version must agree on everything that a page's bytes depend on. Raises
+        StartError."""
+        if not unit.is_replica:
+            return
+        mine = unit.members[0]
+        for each in self._units:
+            if each is unit or not each.is_replica or not each.is_running:
+                continue
+            if each.version != self._versions.get(replica_role(each.role)):
+                continue
+            other = each.members[0]
+            problems = [
+                f"{key}: {other.name} has {other.compat[key]}, {mine.name} has "
+                f"{mine.compat.get(key)}"
+                for key in other.compat
+                if other.compat[key] != mine.compat.get(key)
+            ]
+            if problems and each.name not in self._by_hand:
+                raise StartError("replicas do not fit together: " + "; ".join(problems))
 
     def _announce(self, reason: str) -> None:
         """Tell every live process who is a member: replicas first, since an API server sends them
         requests as soon as it knows them; where one is gone the API first, which moves its requests
         elsewhere. A replica's further ranks hear of it before, and know their leader alone."""
-        running = [unit for unit in self._units if unit.phase is _Phase.RUNNING]
+        if self._is_starting:
+            return
+        running = [unit for unit in self._units if unit.is_running]
         apis = [unit for unit in running if unit.role is None]
         others = [unit for unit in running if unit.role is not None]
         ranks = [(unit, process) for unit in others for process in unit.processes[1:]]
@@ -377,205 +345,264 @@ class Controller:
                 # A node that fails, hangs or dies over it is seen by the watch.
                 ray.wait(told, num_returns=len(told), timeout=self.spec.timeouts.heartbeat)
 
-    # ---------------------------------------------------------------------------------------- watch
+    # --------------------------------------------------------------------- how many, and which ones
 
-    def watch_once(self) -> None:
-        """Look after the processes for half a second: end units of which something has died, and
-        start them again."""
-        self._check()
-        running = [unit for unit in self._units if unit.phase is _Phase.RUNNING]
-        references = [process.ended for unit in running for process in unit.processes]
-        ended: list[Any] = []
-        if references:
-            ended, _ = ray.wait(references, num_returns=len(references), timeout=_WATCH_S)
-        else:
-            time.sleep(_WATCH_S)
-        for unit in running:
-            for process in unit.processes:
-                reason = _DIED if process.ended in ended else self._health(process)
-                if reason:
-                    self._remove(unit, *self._culprit(unit, process, reason))
-                    break
+    def _plan(self) -> None:
+        """Have the planner look at the load."""
+        now = time.monotonic()
+        if self._is_starting or now < self._planned_at + self.spec.planner.interval:
+            return
+        self._planned_at = now
+        seen = {}
         for unit in self._units:
-            if unit.phase is not _Phase.RUNNING:
-                self._restore(unit)
+            report = unit.processes[0].last_report if unit.is_running else None
+            if unit.is_replica and report is not None and report.load is not None:
+                seen[unit.name] = Observed(replica_role(unit.role), report.load, unit.is_draining)
+        self._planner.observe(seen, now, self._newly_refused())
+        wanted = self._planner.desired(now)
+        if wanted != self._desired:
+            for role, reason in self._planner.reasons().items():
+                if wanted[role] != self._desired.get(role):
+                    text = f"{role}: {wanted[role]} wanted, not {self._desired[role]}: {reason}"
+                    self._progress(text)
+            self._desired = dict(wanted)
 
-    def _restore(self, unit: _Unit) -> None:
-        """Bring a unit that is missing one step further."""
-        try:
-            if unit.phase is _Phase.ABSENT and time.monotonic() >= unit.retry_at:
-                self._begin_placing(unit)
-            if unit.phase is _Phase.PLACING and self._is_placed(unit):
-                self._begin_starting(unit)
-            if unit.phase is _Phase.STARTING:
-                missing = time.monotonic() - unit.since
-                if self._has_started(unit):
-                    unit.phase = _Phase.RUNNING
-                    self._announce("")
-                    self._progress(f"{unit.name}: back after {missing:.1f} s")
-        except (StartError, SpecError, ValueError, ray.exceptions.RayError) as error:
-            self._progress(f"{unit.name}: cannot be started again: {error}")
+    def _newly_refused(self) -> int:
+        total = 0
+        for process in self._api_processes():
+            if process.last_report is not None:
+                now = process.last_report.refused
+                total += max(now - self._refused.get(process.name, 0), 0)
+                self._refused[process.name] = now
+        return total
+
+    def _reconcile(self) -> None:
+        now = time.monotonic()
+        replicas = [self._as_replica(unit, now) for unit in self._units if unit.is_replica]
+        for action in plan_rollout(replicas, self._desired, self._versions):
+            match action:
+                case Start(role, name):
+                    unit = Unit(name, role, version=self._versions[role], since=now)
+                    self._units.insert(0, unit)
+                case Drain(name, reason):
+                    unit = next(each for each in self._units if each.name == name)
+                    self._begin_draining(unit, reason)
+        self._place_keepers()
+
+    def _as_replica(self, unit: Unit, now: float) -> Replica:
+        role = replica_role(unit.role)
+        report = unit.processes[0].last_report if unit.is_running else None
+        load = report.load if report is not None else None
+        return Replica(
+            unit.name,
+            role,
+            "" if unit.name in self._by_hand else unit.version,
+            unit.is_running,
+            unit.is_draining,
+            unit.phase is Phase.PLACING and now > unit.began + _NO_ROOM_S,
+            load.running + load.waiting + load.handovers_in if load is not None else 0,
+        )
+
+    def _place_keepers(self) -> None:
+        """One for each node that has replicas, of this version once no replica is of another."""
+        replicas = [unit for unit in self._units if unit.is_replica]
+        if not all(unit.phase in (Phase.STARTING, Phase.RUNNING) for unit in replicas):
+            if self._is_starting:
+                return
+            replicas = [unit for unit in replicas if unit.is_running]
+        nodes: dict[str, None] = {}
+        if self.spec.cache.host is not None:
+            nodes = {node: None for unit in replicas for node in unit.nodes}
+        version = version_of(self.spec, None)
+        keepers = {unit.nodes[0]: unit for unit in self._units if unit.role == "cache"}
+        for node, keeper in keepers.items():
+            is_stale = keeper.version != version and all(map(self._is_wanted, replicas))
+            if node not in nodes or is_stale:
+                keeper.draining_since = time.monotonic()
+                reason = "its spec has changed" if is_stale else "its node has no replica any more"
+                self._progress(f"{keeper.name}: ends: {reason}")
+                if self._end(keeper):
+                    self._announce("it was ended")
+        taken = {unit.name for unit in self._units}
+        for node in nodes:
+            if node not in {unit.nodes[0] for unit in self._units if unit.role == "cache"}:
+                number = next(n for n in range(len(taken) + 1) if f"cache-{n}" not in taken)
+                taken.add(f"cache-{number}")
+                self._units.append(Unit(f"cache-{number}", "cache", (node,), version))
+
+    # --------------------------------------------------------------------------------------- drains
+
+    def _begin_draining(self, unit: Unit, reason: str) -> None:
+        self._by_hand.discard(unit.name)
+        is_running = unit.is_running
+        unit.draining_since, unit.idle_reports = time.monotonic(), 0
+        self._progress(f"{unit.name}: {'drains' if is_running else 'ends'}: {reason}")
+        if is_running:
+            self._announce("")
+            for process in unit.processes:
+                process.report = process.last_report = None
+        else:
             self._end(unit)
 
-    def _culprit(self, unit: _Unit, process: _Process, reason: str) -> tuple[_Process, str]:
-        """Where ranks fail because another one has died, that one."""
-        if reason != _DIED and len(unit.processes) > 1:
-            dead, _ = ray.wait([each.ended for each in unit.processes], timeout=_CAUSE_S)
-            for each in unit.processes:
-                if each.ended in dead:
-                    return each, _DIED
-        return process, reason
-
-    def _health(self, process: _Process) -> str:
-        """Why the process must end, or nothing."""
-        now = time.monotonic()
-        if process.report is None:
-            process.report, process.report_asked = process.actor.report.remote(), now
-            return ""
-        ready, _ = ray.wait([process.report], timeout=0)
-        if not ready:
-            silent = now - process.report_asked
-            limit = self.spec.timeouts.heartbeat
-            return f"it has not answered for {silent:.0f} s" if silent > limit else ""
-        reference, process.report = process.report, None
-        try:
-            report = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            return f"its process died: {type(error).__name__}"
-        if report["silent"]:
-            self._progress(f"{process.name}: hears nothing from {', '.join(report['silent'])}")
-        return str(report["failure"])
-
-    def _remove(self, unit: _Unit, process: _Process, reason: str) -> None:
-        where = process.where()
-        if where and not reason.startswith("rank "):
-            reason = f"{where}: {reason}"
-        self._progress(f"{unit.name}: gone: {reason}")
-        if time.monotonic() - unit.since > _STABLE_S:
-            unit.failures = 0
+    def _drain_further(self, unit: Unit) -> None:
+        """End it when nothing of it is needed any more."""
+        if not unit.is_running:
+            self._end(unit)  # again
+            return
+        assert unit.draining_since is not None
+        process = unit.processes[0]
+        report, process.last_report = process.last_report, None
+        if report is not None:
+            unit.idle_reports = unit.idle_reports + 1 if report.is_idle else 0
+        took = time.monotonic() - unit.draining_since
+        if unit.idle_reports < _IDLE_REPORTS and took < self.spec.timeouts.drain:
+            return
+        if unit.idle_reports < _IDLE_REPORTS:
+            self._progress(f"{unit.name}: is still busy after {took:.0f} s (timeouts.drain)")
+        stopping = [each.actor.stop.remote() for each in unit.processes]
+        ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
         if self._end(unit):
-            self._announce(reason)
+            self._announce("it was drained")
+            self._progress(f"{unit.name}: ended, drained after {took:.1f} s")
 
-    def _end(self, unit: _Unit) -> bool:
-        """End its processes, and have it started again after a while; False if that has to be
-        tried again."""
-        for process in unit.processes:
-            if process.actor is not None:
-                ray.kill(process.actor)
-        # Members reuse the pages that it could have written to: it must be dead by then.
-        for process in unit.processes:
-            if process.process_id is not None and not self._is_dead(process.process_id):
-                self._progress(f"{process.name}: not known to be dead yet, trying again")
-                return False
-        if unit.group is not None:
-            remove_placement_group(unit.group)
-        unit.group, unit.processes = None, []
-        now = time.monotonic()
-        if unit.phase is _Phase.RUNNING:
-            unit.since = now  # an attempt that fails does not make it missing for less long
-        unit.phase = _Phase.ABSENT
-        unit.retry_at = now + min(_MAX_PAUSE_S, _PAUSE_S * (2**unit.failures - 1))
-        unit.failures = min(unit.failures + 1, _MOST_FAILURES)
-        return True
+    # --------------------------------------------------------------------------------------- orders
 
-    def _is_dead(self, process_id: ProcessId) -> bool:
-        """Make sure of it on the process's own node: Ray reports an actor's death before its
-        end."""
-        limit = self.spec.timeouts.heartbeat
-        strategy = _on_node(process_id.node)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(end_process)
+    def _api_processes(self) -> list[Process]:
+        return [
+            process
+            for unit in self._units
+            if unit.role is None and unit.is_running
+            for process in unit.processes
+        ]
+
+    def _obey(self, process: Process, order: Order) -> None:
+        """What people ask for through an API server, which waits for the answer."""
+        error, result = "", {}
         try:
-            return bool(ray.get(task.remote(process_id, limit), timeout=limit * 2))
-        except ray.exceptions.RayError:
-            return all(not n["Alive"] for n in ray.nodes() if n["NodeID"] == process_id.node)
+            if order.action == "drain":
+                self._replace(order.argument)
+            else:
+                result = {"changes": self._reload(order.argument)}
+        except SpecError as problem:
+            error = str(problem)
+        self._tell_state()  # first, for who asks then
+        process.actor.answer.remote(order.serial, error, result)
+
+    def _replace(self, name: str) -> None:
+        """Raises SpecError."""
+        names = sorted(unit.name for unit in self._units if unit.is_replica and unit.is_running)
+        if name not in names:
+            raise SpecError(f"replica: found {name!r}, expected one of {', '.join(names)}")
+        self._by_hand.add(name)
+
+    def _reload(self, text: str) -> list[str]:
+        """Take a changed spec. What it changes, for people. Raises SpecError, and then nothing has
+        changed."""
+        spec = parse_spec(text, "spec")
+        kept = {key: getattr(self.spec.api, key) for key in ("host", "port", "replicas")}
+        spec = spec.model_copy(update={"api": spec.api.model_copy(update=kept)})
+        before, after = self.spec.model_dump(mode="json"), spec.model_dump(mode="json")
+        problems = [
+            f"{path}: found {_at(after, path)!r}, expected {_at(before, path)!r}: it cannot change "
+            "while the cluster runs"
+            for path in _FIXED
+            if _at(before, path) != _at(after, path)
+        ]
+        if problems:
+            raise SpecError("; ".join(problems))
+        changes = sorted(_differences(before, after))
+        old = self._versions
+        self._use(spec, self._desired)
+        rolled = [role for role in self._versions if self._versions[role] != old.get(role)]
+        self._progress(
+            f"reload: {', '.join(changes) or 'nothing has changed'}"
+            + (f"; {' and '.join(rolled)} replicas are replaced" if rolled else "")
+        )
+        for process in self._api_processes():
+            process.actor.set_spec.remote(spec)
+        return changes
+
+    def _tell_state(self) -> None:
+        """To the API servers, for people."""
+        state = {
+            "desired": dict(self._desired),
+            "reasons": self._planner.reasons(),
+            "units": [
+                {
+                    "name": unit.name,
+                    "role": unit.role or "api",
+                    "phase": "draining" if unit.is_draining else unit.phase.value,
+                    "version": unit.version,
+                    "failures": unit.failures,
+                }
+                for unit in sorted(self._units, key=lambda unit: unit.name)
+            ],
+        }
+        state["settled"] = self._is_settled()
+        if state != self._state and not self._is_starting:
+            self._state = state
+            for process in self._api_processes():
+                process.actor.set_state.remote(state)
+
+    def _is_settled(self) -> bool:
+        """Nothing is missing, stale or draining."""
+        if any(unit.is_draining or not unit.is_running for unit in self._units) or self._by_hand:
+            return False
+        keepers = (unit for unit in self._units if unit.role == "cache")
+        is_current = all(unit.version == version_of(self.spec, None) for unit in keepers)
+        return is_current and all(map(self._is_wanted, self._units))
 
     # ----------------------------------------------------------------------------------------- stop
 
     def stop(self) -> None:
         """End everything that was started; safe at any time, and idempotent."""
-        if ray.is_initialized():
-            processes = [process for unit in self._units for process in unit.processes]
-            actors = [process.actor for process in processes if process.actor is not None]
-            stopping = [actor.stop.remote() for actor in actors]
-            if stopping:
-                ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
-            for actor in actors:
-                ray.kill(actor)
-            for unit in self._units:
-                if unit.group is not None:
-                    remove_placement_group(unit.group)
+        if self._is_connected:
+            self._end_all()
             ray.shutdown()
+            self._is_connected = False
         self._units = []
-        if self._socket_folder:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
+        self._launcher.network.clean()
+
+    def _end_all(self) -> None:
+        actors = [p.actor for unit in self._units for p in unit.processes if p.actor is not None]
+        stopping = [actor.stop.remote() for actor in actors]
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
+        for unit in self._units:
+            self._launcher.kill(unit)
 
 
-def _known_to(unit: _Unit, process: _Process, running: list[_Unit]) -> list[Member]:
+def _known_to(unit: Unit, process: Process, running: list[Unit]) -> list[Member]:
     """Further ranks know their leader; leaders their ranks, before all others; and all know the
     other units."""
     if process.rank:
-        known = unit.processes[:1]
-    else:
-        known = [*unit.processes[1:], *(other.processes[0] for other in running)]
-    return [each.member for each in known if each.member is not None]
+        return unit.members[:1]
+    firsts = (
+        msgspec.structs.replace(other.members[0], draining=other.is_draining) for other in running
+    )
+    return [*unit.members[1:], *firsts]
 
 
-def _nodes_of(group: PlacementGroup | None) -> set[str]:
-    if group is None:
-        return set()
-    return set(placement_group_table(group)["bundles_to_node_id"].values())
+def _at(spec: dict[str, Any], path: str) -> Any:
+    value: Any = spec
+    for key in path.split("."):
+        value = value[key]
+    return value
 
 
-def _on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Paths of what differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            each
+            for key in {*before, *after}
+            for each in _differences(
+                before.get(key), after.get(key), f"{path}.{key}" if path else str(key)
+            )
+        ]
+    return [] if before == after else [path]
 
 
 def _amounts(resources: dict[str, float]) -> dict[str, float]:
     """Without what no spec asks for."""
     return {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_"))}
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into Interrupted, raised by `check`: Ray's calls do not bear
-    exceptions that come out of a signal handler. Restores what was there before."""
-
-    def __init__(self) -> None:
-        self._received = ""
-        self._before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-
-    def install(self) -> None:
-        for number in self._before:
-            signal.signal(number, self._note)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self._received = signal.Signals(number).name
-
-    def check(self) -> None:
-        if self._received:
-            raise Interrupted(self._received)
-
-
-def serve(spec: ClusterSpec, progress: Progress, ready: Callable[[str], None]) -> str:
-    """Run a cluster until SIGINT or SIGTERM; returns the signal's name. Raises StartError."""
-    weights = spec.model.load == "weights"
-    folder = resolve_model(spec.model.path, progress=progress, weights=weights)
-    signals = _Signals()
-    controller = Controller(spec, progress, signals.check)
-    try:
-        signals.install()
-        controller.connect()
-        signals.install()  # Ray has put its own in their place
-        controller.start(folder)
-        ready(controller.url)
-        while True:
-            controller.watch_once()
-    except Interrupted as name:
-        progress(f"{name}: stopping")
-        return str(name)
-    finally:
-        controller.stop()
-        signals.restore()

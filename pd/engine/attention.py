@@ -38,6 +38,7 @@ IMPLEMENTATION = "pagerelay"
 _BUCKET_RATIO = 2
 """Decoding requests share a padded gather while the longest has at most so many times the
 shortest's pages."""
+_CUDNN_TOKENS = 1024
 _MAX_SCORES = 1 << 24
 """Numbers of a score matrix that are in memory at once, where partial results are calculated."""
 
@@ -54,15 +55,31 @@ class _Gather:
     """(planes, batch, kv_heads, pages): page rows of layer place 0. None: the chunk's own keys are
     all there is."""
     mask: torch.Tensor | None
-    """Decode: (batch, 1, 1, keys); chunk: (queries, keys); True where attended. None: plain
-    causal."""
+    """Decode: (batch, 1, 1, keys); chunk: (queries, keys); True where attended. None: the last
+    query attends to all keys, and in a chunk those before it causally."""
+    num_keys: int | None = None
+    """Without a mask: what follows them in the last page is not attended to."""
+    _bias: torch.Tensor | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask is None and not self.decode
+
+    def bias(self, query: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """The mask as torch wants it added to scores; made once for all layers."""
+        if self._bias is None:
+            mask = self.mask
+            if mask is None:
+                mask = _causal(query.shape[2], num_keys, query.device)
+            self._bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        return self._bias
 
 
 @dataclasses.dataclass(slots=True)
 class _GroupPlan:
     pool: PagePool
     token_rows: torch.Tensor
-    """(planes, own tokens, kv_heads): token rows of layer place 0 that the step's keys and values
+    """(planes, own tokens * kv_heads): token rows of layer place 0 that the step's keys and values
     are written to."""
     gathers: list[_Gather]
 
@@ -176,6 +193,11 @@ def _plan_decodes(
         row_pages = np.minimum(pages, table.shape[1] - 1)
         slots = np.where(inside, table[command.rows[begin:end, None], row_pages] // cp.size, 0)
         key = (pages[..., None] * page_tokens + np.arange(page_tokens)).reshape(end - begin, -1)
+        if cp.size == 1 and group.kind != "sliding" and position[begin] == position[end - 1]:
+            num_keys = int(position[begin]) + 1
+            gathers.append(_Gather(begin, end, True, pool.page_rows(slots), None, num_keys))
+            begin = end
+            continue
         query = position[begin:end, None]
         attended = key <= query
         if group.kind == "sliding":
@@ -198,6 +220,8 @@ def _plan_chunk(
     first_page, num_pages = _own_pages(ends[:1], ends[1:], cp)
     pages = first_page + np.arange(num_pages[0]) * cp.size
     slots = row_table[None, pages] // cp.size
+    if cp.size == 1 and group.kind != "sliding":
+        return _Gather(begin, begin + count, False, pool.page_rows(slots), None, start + count)
     query = torch.arange(start, start + count, device=pool.device)[:, None]
     positions = (pages[:, None] * page_tokens + np.arange(page_tokens)).reshape(-1)
     key = torch.from_numpy(positions).to(pool.device)
@@ -229,29 +253,31 @@ def paged_attention(
     value_dim, expand = query.shape[-1], None
     if value is None:
         query, value_dim, expand = _absorb(module, query)
-    new = key if value is None else torch.cat((key, value))
-    stored = new.transpose(1, 2).to(pool.dtype)  # (planes, tokens, kv_heads, dim)
+    new = (key,) if value is None else (key, value)
+    stored = [each[0].transpose(0, 1).to(pool.dtype) for each in new]  # (tokens, kv_heads, dim)
     if pool.dtype == torch.float16:
         # An overflow would outlive its request: a masked key times infinity is not nothing.
-        stored = torch.nan_to_num(stored)
+        stored = [torch.nan_to_num(each) for each in stored]
     pool.write(group.token_rows, place, stored)
     if plan.cp.size > 1:
         result = _attend_everywhere(
             plan, group, place, query[0], value_dim, scaling, s_aux, softcap
         )
         return (result if expand is None else expand(result))[None], None
-    out = query.new_empty(query.shape[2], query.shape[1], value_dim)  # (tokens, heads, dim)
+    parts = []  # the gathers' queries are those of the step, in order
     for gather in group.gathers:
         queries = query[0, :, gather.first : gather.last]  # (heads, n, dim)
         if gather.page_rows is not None:
             keys, values = _keys_values(pool, gather.page_rows, place, query.dtype, value_dim)
+            keys, values = keys[:, :, : gather.num_keys], values[:, :, : gather.num_keys]
         else:
-            chunk = stored[:, gather.first : gather.last].to(query.dtype).transpose(1, 2)
-            keys, values = chunk[0][None], chunk[-1][None, ..., :value_dim]
-        attended = _attend(
-            _grouped(queries, gather, keys), keys, values, gather.mask, scaling, s_aux, softcap
-        )
-        out[gather.first : gather.last] = _ungrouped(attended, gather)
+            chunk = [each[gather.first : gather.last].to(query.dtype) for each in stored]
+            keys, values = (each.transpose(0, 1)[None] for each in (chunk[0], chunk[-1]))
+            values = values[..., :value_dim]
+        asked = _grouped(queries, gather, keys)
+        attended = _attend(asked, keys, values, gather, scaling, s_aux, softcap)
+        parts.append(_ungrouped(attended, gather))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (tokens, heads, dim)
     return (out if expand is None else expand(out))[None], None
 
 
@@ -302,33 +328,95 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    gather: _Gather,
     scaling: float,
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """(batch, heads, n, dim) against (batch, kv_heads, keys, dim). For decode, heads is kv_heads
     and n the group; sinks are then laid out (kv_heads, group), else (heads, 1)."""
-    grouped = query.shape[1] != key.shape[1]
+    count, num_keys = query.shape[2], key.shape[2]
     if sinks is None and softcap is None:
+        if query.is_cuda:
+            return _attend_on_gpu(query, key, value, gather, scaling)
+        is_causal = gather.is_causal and count == num_keys
+        needs_mask = gather.mask is not None or (gather.is_causal and not is_causal)
         return functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,
-            is_causal=mask is None,
+            attn_mask=gather.bias(query, num_keys) if needs_mask else None,
+            is_causal=is_causal,
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     scores, value = _scores(query, key, value, scaling, softcap)
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
+    attended = _causal(count, num_keys, query.device) if gather.is_causal else gather.mask
+    if attended is not None:
+        scores = scores.masked_fill(~attended, float("-inf"))
     if sinks is not None:
         sink = sinks.view(1, query.shape[1], -1, 1).to(scores.dtype)
         scores = torch.cat((scores, sink.expand(scores.shape[0], -1, scores.shape[2], -1)), -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(num_keys - num_queries)
+
+
+def _attend_on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gather: _Gather,
+    scaling: float,
+) -> torch.Tensor:
+    """Kernels by name, as torch would take cuDNN's for nearly all, which plans each new shape on
+    the host (H200: 64 ms): hardly a prompt has the length of another. It is worth that for large
+    chunks without others before them, in few lengths (8,192 tokens: 0.9 ms, flash 1.7)."""
+    count, num_keys = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if gather.mask is None:
+        if gather.is_causal and _CUDNN_TOKENS <= count == num_keys and _has_cudnn(query, value):
+            return _cudnn(query, key, value, scaling)
+        is_causal = gather.is_causal
+        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, grouped)
+        if torch.backends.cuda.can_use_flash_attention(params):
+            # Its causal mask ends with the last key.
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            out: torch.Tensor = flash(query, key, value, 0.0, is_causal, False, scale=scaling)[0]
+            return out
+    bias = gather.bias(query, num_keys) if gather.is_causal or gather.mask is not None else None
+    if grouped:  # else every score would be written down
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+
+
+def _has_cudnn(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Where it was measured."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] in (64, 128)
+        and torch.cuda.get_device_capability(query.device) == (9, 0)
+    )
+
+
+def _cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Causal, as many keys as queries; in multiples of _CUDNN_TOKENS, what is added comes last."""
+    count = query.shape[2]
+    if lacking := -count % _CUDNN_TOKENS:
+        query, key, value = (
+            functional.pad(each, (0, 0, 0, lacking)) for each in (query, key, value)
+        )
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out: torch.Tensor = attend(query, key, value, None, False, 0.0, True, False, scale=scaling)[0]
+    return out[:, :, :count]
 
 
 def _scores(

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from pd.cost import layer_groups
 from pd.engine import attention
 from pd.engine.batch import RowStart, StepCommand, StepResult
+from pd.engine.norms import fuse_norms
 from pd.engine.pool import PagePool
 from pd.engine.ranks import Ranks
 from pd.engine.sampler import Sampler
@@ -53,6 +54,9 @@ class ModelRunner:
     ) -> None:
         """Raises UnsupportedModelError."""
         self.device = device
+        if device.type == "cuda":
+            # Where its plans pay, `attention.py` calls it by name.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.ranks = ranks = ranks or Ranks(device=device)
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.compute_dtype = compute_dtype(spec, device)
@@ -92,7 +96,8 @@ class ModelRunner:
             )
         elif is_random:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
+            with self.device:
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options)
         else:
             options |= {"config": config, "dtype": self.dtype}
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -102,6 +107,7 @@ class ModelRunner:
                 attention.keep_latent(layers[layer].self_attn)
         if self.ranks.cp.size > 1 and self.ranks.is_last_stage:
             model.lm_head.register_forward_pre_hook(self._collect_samples)
+        fuse_norms(model)
         return model.to(device=self.device, dtype=self.compute_dtype).eval()
 
     def allocate(self, num_pages: list[int], max_rows: int, max_context: int) -> None:

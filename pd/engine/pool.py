@@ -4,6 +4,7 @@ shared memory, so that a transport can hand it to other processes of the host.""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +48,9 @@ class PagePool:
     def token_rows(
         self, pages: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer]
     ) -> torch.Tensor:
-        """(planes, tokens, kv_heads): token rows of layer place 0 of tokens at (page, offset)."""
-        rows = self._page_row_numbers(pages)
-        return torch.from_numpy(rows * self.layout.page_tokens + offsets[:, None]).to(self.device)
+        """(planes, tokens * kv_heads): token rows of layer place 0 of tokens at (page, offset)."""
+        rows = self._page_row_numbers(pages) * self.layout.page_tokens + offsets[:, None]
+        return torch.from_numpy(rows.reshape(len(rows), -1)).to(self.device)
 
     def page_rows(self, slots: npt.NDArray[np.integer]) -> torch.Tensor:
         """(batch, pages) -> (planes, batch, kv_heads, pages) page rows of layer place 0."""
@@ -62,16 +63,17 @@ class PagePool:
         rows = (slots.astype(np.int64)[..., None] * heads + np.arange(heads)) * (layers * planes)
         return np.stack([rows + plane for plane in range(planes)])
 
-    def write(self, token_rows: torch.Tensor, place: int, values: torch.Tensor) -> None:
-        """values (planes, tokens, kv_heads, dim) of the layer at `place` to the token rows of
-        `token_rows`."""
-        planes = self.layout.group.planes
-        rows = (token_rows + place * planes * self.layout.page_tokens).view(-1)
-        self._token_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
+    def write(self, token_rows: torch.Tensor, place: int, values: Sequence[torch.Tensor]) -> None:
+        """Keys and values, or latents, each (tokens, kv_heads, dim), of the layer at `place`, to
+        the token rows of `token_rows`."""
+        # All rows of a layer lie equally far behind those of place 0.
+        layer = self._token_rows[place * len(values) * self.layout.page_tokens :]
+        for rows, plane in zip(token_rows, values, strict=True):
+            layer.index_copy_(0, rows, plane.reshape(-1, plane.shape[-1]))
 
     def gather(self, page_rows: torch.Tensor, place: int, dtype: torch.dtype) -> torch.Tensor:
         """Keys and values, or latents (planes, batch, kv_heads, pages * page_tokens, dim) of the
         layer at `place`, as `dtype`."""
-        planes = self.layout.group.planes
-        rows = self._page_rows.index_select(0, (page_rows + place * planes).view(-1))
+        layer = self._page_rows[place * self.layout.group.planes :]
+        rows = layer.index_select(0, page_rows.view(-1))
         return rows.view(*page_rows.shape[:3], -1, self.layout.group.head_dim).to(dtype)

@@ -64,7 +64,7 @@ class Group:
         self.rank = rank
         self._name = name
         self._backend = backend
-        self._staged = staged
+        self.is_staged = staged
         """Tensors go through host memory."""
         self._timeout = datetime.timedelta()
         """Of sends and receives, for which the backend keeps the one that it was made with."""
@@ -122,7 +122,7 @@ class Group:
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
-        return tensor.cpu() if self._staged else tensor
+        return tensor.cpu() if self.is_staged else tensor
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -150,6 +150,7 @@ class Ranks:
         what a rank would hold. Raises RankError."""
         self.topology = topology
         self.rank = rank
+        self.device = device
         self.coord = coord = topology.coord(rank)
         timeout = datetime.timedelta(seconds=timeout_s)
 

@@ -2,9 +2,10 @@
 prefill.
 
 Pure. A sequence waits, runs (it has a row), and leaves. Each step takes the running sequences' next
-tokens under a token budget: those that need one token first, then prefill chunks, by age. A
-sequence is admitted when all its pages for the tokens known so far fit; if a running one cannot
-grow, the youngest running sequence is preempted: its pages are released (the index may keep them)
+tokens under a token budget: those that need one token first, then prefill chunks, by class and age.
+A sequence is admitted in its turn (pd/engine/turns.py), before prefills of lower classes go on, and
+when all its pages for the tokens known so far fit; if a running one cannot grow, the youngest
+running sequence of the lowest class is preempted: its pages are released (the index may keep them)
 and its tokens recomputed later.
 
 Up to `max_in_flight` steps are in flight, one for each stage of a pipeline: `plan` ... -> `commit`,
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -28,8 +30,11 @@ import numpy as np
 from hicache.index import PageIndex
 from hicache.keys import page_hashes
 from pd.engine.batch import RowStart, StepCommand, StepResult
+from pd.engine.turns import NEVER, Turn, Turns, WaitingQueue
 from pd.messages import Int32Array, SamplingParams, TokenLogprob
 from transfer.layout import LayerGroup
+
+_by_class = operator.attrgetter("priority")
 
 
 class Tracked:
@@ -51,6 +56,7 @@ class Tracked:
         "num_indexed",
         "params",
         "preemptions",
+        "priority",
         "prompt_len",
         "root",
         "row",
@@ -70,6 +76,7 @@ class Tracked:
         now: float,
         tenant: str = "",
         num_delivered: int = 0,
+        priority: int = 0,
     ) -> None:
         self.buffer = np.empty(len(prompt) + params.max_tokens, np.int32)
         self.buffer[: len(prompt)] = prompt
@@ -81,6 +88,8 @@ class Tracked:
         self.num_delivered = num_delivered
         """So many of the prompt's last tokens were generated elsewhere: penalties count them as
         output."""
+        self.priority = priority
+        """Its class: 0 is the first."""
         self.hashes = hashes
         """Of the full pages of the tokens known; grows as pages fill."""
         self.num_computed = 0
@@ -155,9 +164,10 @@ class Scheduler:
         many leading pages were found there. `fetch`: whether to wait for pages from other tiers;
         the sequence is then `add`ed again. `max_in_flight`: steps."""
         self.index = index
-        self.landed: deque[Tracked] = deque()
-        """Their pages came by a handover; they only need a row, and get it before those below."""
-        self.waiting: deque[Tracked] = deque()
+        self.turns = Turns()
+        self.landed: WaitingQueue[Tracked] = WaitingQueue(self.turns)
+        """Their pages came by a handover; they only need a row."""
+        self.waiting: WaitingQueue[Tracked] = WaitingQueue(self.turns)
         """They hold no pages."""
         self.running: list[Tracked] = []
         self.preemptions = 0
@@ -183,14 +193,10 @@ class Scheduler:
     # ----------------------------------------------------------------------------------- membership
 
     def add(self, sequence: Tracked) -> None:
-        """In order of arrival, whenever it is called."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].arrived_at > sequence.arrived_at:
-            place -= 1
-        self.waiting.insert(place, sequence)
+        self.waiting.add(sequence)
 
     def add_landed(self, sequence: Tracked) -> None:
-        self.landed.append(sequence)
+        self.landed.add(sequence)
 
     def drop(self, sequence: Tracked) -> None:
         """Forget a sequence and release its pages, at once or when the last step that has it ends.
@@ -227,8 +233,14 @@ class Scheduler:
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
-    def num_waiting_before(self, arrived_at: float) -> int:
-        return sum(sequence.arrived_at < arrived_at for sequence in self.waiting)
+    def num_waiting_before(self, turn: Turn, most: int, now: float) -> int:
+        """Counted up to `most`."""
+        num_waiting = 0
+        for sequence in self.waiting.in_turn(now):
+            if num_waiting >= most or self.turns.of(sequence, now) >= turn:
+                break
+            num_waiting += 1
+        return num_waiting
 
     # ---------------------------------------------------------------------------------------- pages
 
@@ -325,10 +337,10 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- steps
 
-    def plan(self, now: float, lacks_pages_since: float = math.inf) -> StepCommand | None:
+    def plan(self, now: float, lacks_pages_since: Turn = NEVER) -> StepCommand | None:
         """The next step, or None when there is nothing to do, or enough is in flight. A waiting
-        request that came after `lacks_pages_since` is not admitted: one elsewhere that came then
-        waits for pages, and would never find them while later ones do."""
+        request is not admitted after the turn `lacks_pages_since`: that of one elsewhere that waits
+        for pages, and would never find them while later ones do."""
         if len(self._in_flight) >= self._max_in_flight:
             return None
         for victim in [sequence for sequence in self._leaving if not sequence.num_in_flight]:
@@ -344,7 +356,8 @@ class Scheduler:
             while not self._grow(sequence, sequence.num_planned + count):
                 if self._leaving or self.dropped or sequence.num_in_flight:
                     return  # with the next commits pages come back, of its own window perhaps
-                victim = next(s for s in reversed(self.running) if s not in planned)
+                rest = (s for s in reversed(self.running) if s not in planned)
+                victim = max(rest, key=_by_class)
                 if victim.num_in_flight:
                     self._leaving[victim] = None
                     return
@@ -355,25 +368,39 @@ class Scheduler:
             planned.add(sequence)
             budget -= count
 
+        def admit(below: float) -> None:
+            """Those that wait, of classes before `below`."""
+            while self._free_rows and budget:
+                first, landed = self._next_waiting(now, lacks_pages_since)
+                if first is not None and first.priority >= below:
+                    first = None
+                if landed is not None and landed.priority >= below:
+                    landed = None
+                if first is not None and not first.is_fetched and self._fetch(first, now):
+                    self.waiting.remove(first)
+                    continue
+                if first is not None and self._claim_pages(first):
+                    sequence = first
+                    self.waiting.remove(sequence)
+                elif landed is not None:
+                    sequence = landed
+                    self.landed.remove(sequence)
+                else:
+                    break
+                self._start(sequence, now)
+                take(sequence)
+                if sequence not in planned:
+                    break
+
         singles, prefills = self._plannable()
-        for sequence in (*singles[: -(-len(self.running) // self._max_in_flight)], *prefills):
+        for sequence in singles[: -(-len(self.running) // self._max_in_flight)]:
             if budget and sequence.row >= 0 and sequence not in self._leaving:
                 take(sequence)
-        while (self.landed or self.waiting) and self._free_rows and budget:
-            is_first = self._is_waiting_first(lacks_pages_since)
-            if is_first and not self.waiting[0].is_fetched and self._fetch(self.waiting[0], now):
-                self.waiting.popleft()
-                continue
-            if is_first and self._claim_pages(self.waiting[0]):
-                sequence = self.waiting.popleft()
-            elif self.landed:
-                sequence = self.landed.popleft()
-            else:
-                break
-            self._start(sequence, now)
-            take(sequence)
-            if sequence not in planned:
-                break
+        for sequence in prefills:
+            admit(below=sequence.priority)
+            if budget and sequence.row >= 0 and sequence not in self._leaving:
+                take(sequence)
+        admit(below=math.inf)
         if not items:
             return None
         return self._command(items)
@@ -386,16 +413,25 @@ class Scheduler:
             left = sequence.length - sequence.num_planned
             if left and sequence not in self.dropped:
                 (singles if left == 1 else prefills).append(sequence)
-        return singles, prefills
+        return sorted(singles, key=_by_class), sorted(prefills, key=_by_class)
 
-    def _is_waiting_first(self, lacks_pages_since: float) -> bool:
-        if not self.waiting or self.waiting[0].arrived_at > lacks_pages_since:
-            return False
-        return not self.landed or self.waiting[0].arrived_at < self.landed[0].arrived_at
+    def _next_waiting(
+        self, now: float, lacks_pages_since: Turn
+    ) -> tuple[Tracked | None, Tracked | None]:
+        """(of those without pages the first one, if it goes before the other; of those that have
+        landed the first)"""
+        waiting, landed = self.waiting.first(now), self.landed.first(now)
+        if waiting is not None:
+            turn = self.turns.of(waiting, now)
+            is_later = landed is not None and turn >= self.turns.of(landed, now)
+            if is_later or turn > lacks_pages_since:
+                waiting = None
+        return waiting, landed
 
-    def lacks_pages_before(self, arrived_at: float) -> bool:
-        """Whether a request that came earlier has a row and waits for pages."""
-        return bool(self.waiting and self._free_rows and self.waiting[0].arrived_at < arrived_at)
+    def lacks_pages_before(self, turn: Turn, now: float) -> bool:
+        """Whether a request with an earlier turn has a row and waits for pages."""
+        first = self.waiting.first(now) if self._free_rows else None
+        return first is not None and self.turns.of(first, now) < turn
 
     def _claim_pages(self, sequence: Tracked) -> bool:
         """Match the prefix if all pages that the tokens known so far need will fit at once, and one
@@ -424,6 +460,7 @@ class Scheduler:
         return True
 
     def _start(self, sequence: Tracked, now: float) -> None:
+        self.turns.serve(sequence, 0 if sequence.preemptions else sequence.remaining, now)
         sequence.row = self._free_rows.pop()
         if sequence.admitted_at < 0:
             sequence.admitted_at = now
@@ -446,7 +483,7 @@ class Scheduler:
         victim.is_fetched = False  # its pages are cache now, and may be gone when it resumes
         victim.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.add(victim, is_back=True)
 
     def _command(self, items: list[tuple[Tracked, int]]) -> StepCommand:
         items.sort(key=lambda item: (item[1] > 1, item[0].num_planned))
@@ -484,6 +521,7 @@ class Scheduler:
                 continue
             if token is not None:
                 sequence.append(token)
+                self.turns.charge(sequence.tenant, 1)
             progress.append(Progress(sequence, token, logprob))
         return progress
 

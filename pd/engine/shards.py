@@ -163,7 +163,8 @@ def load_part(
     cut = _Cut(config, shapes, ranks, layers)
     if is_random:
         torch.manual_seed(0)
-        full = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        with ranks.device:
+            full = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         tensors = {name: _Whole(tensor) for name, tensor in full.state_dict().items()}
         state = {name: cut(name, tensor) for name, tensor in tensors.items() if cut.wants(name)}
     else:

@@ -44,8 +44,6 @@ def test_a_second_turn_goes_where_the_first_one_was(tmp_path: Path, policy: str)
 
     async def run() -> None:
         async with cluster(make_spec(folder, policy), str(tmp_path), NAMES) as (client, *replicas):
-            compat = client._members["both-0"].compat
-            client.client.set_fingerprint(str(sorted(compat.items())))
             router = client.client.router
             first = []
             for prompt in prompts:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import DEVICES
 from node_world import DEADLINE_S, cluster, collect, tokens_of
 from topology_world import PAGE, Shape, TinyModels, make_spec, role, serve
 
@@ -31,12 +32,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "prefill", "decode"), SAMPLE)
 def test_tokens_are_exact_in_any_shape(
-    family: str, prefill: Shape, decode: Shape, tmp_path: Path, tiny: TinyModels
+    family: str, prefill: Shape, decode: Shape, device: str, tmp_path: Path, tiny: TinyModels
 ) -> None:
     folder, reference = tiny(family)
-    spec = make_spec(folder, prefill, decode)
+    spec = make_spec(folder, prefill, decode, device)
     asyncio.run(asyncio.wait_for(serve(spec, tmp_path, reference), DEADLINE_S))
 
 

@@ -1,63 +1,173 @@
-"""kill -9 of every kind of process behind the API, at random moments under load: every request ends
-with the right tokens, and the service is whole again."""
+"""kill -9 of everything that a cluster consists of, at random moments under load: every request
+whose API server lived ends with the right tokens, and the service is whole again each time."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rank_kills import spec_for, steady_load
+import requests
+from rank_kills import NEAR_TIE, spec_for
+from ray_node import RayNode
 from real_cluster import Cluster, RayHead, short_folder, wait_until
 from reference_model import ReferenceModel
 
+from pd.bench.stats import percentile
 from pd.bench.tiny import make_tiny_model
 
-NUM_KILLS = 30
+NUM_KILLS = 100
+WHOLE_S = 180.0
+"""A node that is gone is not known to be for some 30 s."""
+KINDS = {
+    "prefill-0": 3,
+    "prefill-0-rank1": 3,
+    "decode-0": 3,
+    "decode-1": 3,
+    "cache-0": 2,
+    "api-0": 2,
+    "controller": 2,
+    "node": 1,
+}
+"""What is killed, how often in proportion."""
+
+
+class World:
+    """A cluster on two Ray nodes, whose controller and second node come and go."""
+
+    def __init__(self, spec: dict[str, Any], head: RayHead, folder: Path) -> None:
+        self._spec, self._head, self._folder = spec, head, folder
+        self.node = RayNode(head, 4, {"pool": "decode"})
+        self.cluster = Cluster(spec, folder, head.address).wait_ready()
+        self.logs = [self.cluster]
+        self.api_deaths = 0
+        self.api_is_down = False
+
+    def kill(self, victim: str) -> None:
+        if victim == "controller":
+            os.kill(self.cluster.process.pid, signal.SIGKILL)
+            self.cluster.process.wait(30)
+            self.cluster = Cluster(self._spec, self._folder, self._head.address)
+            self.logs.append(self.cluster)
+            self.cluster.wait_ready()
+        elif victim == "node":
+            self.node.kill()
+            self.node = RayNode(self._head, 4, {"pool": "decode"})
+        else:
+            if victim == "api-0":
+                self.api_deaths, self.api_is_down = self.api_deaths + 1, True
+            os.kill(self.pid_of(victim), signal.SIGKILL)
+
+    def pid_of(self, process: str) -> int:
+        lines = [
+            line
+            for each in self.logs
+            for line in each.log.splitlines()
+            if f"{process}: ready" in line
+        ]
+        return int(lines[-1].split("pid ")[1].split(",")[0].rstrip(")"))
+
+    def status(self) -> dict[str, Any]:
+        try:
+            response = self.cluster.get("/admin/status")
+        except requests.RequestException:
+            return {}
+        return dict(response.json()) if response.ok else {}
+
+    def is_whole(self) -> bool:
+        status = self.status()
+        units = (status.get("controller") or {}).get("units", [])
+        names = {unit["name"] for unit in units if unit["phase"] == "running"}
+        up = {replica["name"] for replica in status.get("replicas", [])}
+        wanted = {"prefill-0", "decode-0", "decode-1"}
+        return wanted <= names and wanted <= up and bool(status["controller"]["settled"])
+
+    def is_idle(self) -> bool:
+        status = self.status()
+        groups = [group for replica in status["replicas"] for group in replica["pages"]]
+        return not status["in_flight"] and not any(group["used"] for group in groups)
+
+
+@contextmanager
+def steady_load(world: World, clients: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Requests one after the other. They may fail only with their API server."""
+    over = threading.Event()
+    problems: list[str] = []
+    answered: list[tuple[list[int], list[int]]] = []
+
+    def ask(number: int) -> None:
+        rng = random.Random(number)
+        while not over.is_set():
+            prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
+            deaths, may_fail = world.api_deaths, world.api_is_down
+            try:
+                tokens = world.logs[0].complete(prompt, rng.randrange(1, 60)).tokens
+            except (requests.RequestException, AssertionError) as error:
+                if not may_fail and world.api_deaths == deaths:
+                    problems.append(str(error))
+                    return
+                time.sleep(0.2)
+                continue
+            answered.append((prompt, tokens))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answered
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(200)
+    assert not problems, problems[0]
 
 
 def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "gemma3_text")
     model, rng = ReferenceModel(folder), random.Random(0)
+    spec = spec_for("chaos", folder, 1, {})
+    role = spec["roles"].pop("both")
+    spec["roles"] = {
+        "prefill": {**role, "topology": {"tp": 2}},
+        "decode": {**role, "replicas": 2, "labels": {"pool": "decode"}},
+    }
+    spec |= {"router": {"local_prefill_tokens": 0}, "cache": {"host": {"memory": "16MiB"}}}
+    count = int(os.environ.get("PAGERELAY_KILLS", NUM_KILLS))
     with short_folder() as work:
-        spec = spec_for("chaos", folder, 1, {})
-        role = spec["roles"].pop("both")
-        spec["roles"] = {
-            "prefill": {**role, "topology": {"tp": 2}},
-            "decode": {**role, "replicas": 2},
-        }
-        spec |= {"router": {"local_prefill_tokens": 0}, "cache": {"host": {"memory": "16MiB"}}}
-        cluster = Cluster(spec, work, head.address)
-        units = {
-            "prefill-0": "prefill-0",
-            "prefill-0-rank1": "prefill-0",
-            "decode-0": "decode-0",
-            "decode-1": "decode-1",
-            "cache-0": "cache-0",
-        }
-        back = dict.fromkeys(units.values(), 0)
-        seconds = []
+        world = World(spec, head, work)
+        seconds: dict[str, list[float]] = {}
         try:
-            cluster.wait_ready()
-            with steady_load(cluster, model) as lengths:
-                for _ in range(NUM_KILLS):
-                    victim = rng.choice(sorted(units))
+            wait_until(world.is_whole, "a whole cluster", WHOLE_S)
+            with steady_load(world, 3) as answered:
+                for number in range(count):
+                    victim = rng.choices(list(KINDS), list(KINDS.values()))[0]
                     time.sleep(2 * rng.random())
                     begin = time.monotonic()
-                    cluster.kill(victim)
-                    back[units[victim]] += 1
-                    cluster.wait_back(units[victim], back[units[victim]])
-                    seconds.append(time.monotonic() - begin)
-            assert sum(lengths) > 0
-            assert cluster.get("/health").status_code == 200
-            print(
-                f"{NUM_KILLS} kills, {len(lengths)} requests, {sum(lengths)} tokens; whole again "
-                f"after {sorted(seconds)[len(seconds) // 2]:.1f} s (median), at most "
-                f"{max(seconds):.1f} s"
-            )
-            wait_until(lambda: not cluster.get("/admin/status").json()["in_flight"], "all is done")
+                    world.kill(victim)
+                    time.sleep(1.0)  # until it is seen
+                    what = f"a whole cluster after the end of {victim}, kill {number}"
+                    wait_until(world.is_whole, what, WHOLE_S)
+                    world.api_is_down = False
+                    seconds.setdefault(victim, []).append(time.monotonic() - begin)
+            for prompt, tokens in answered:
+                gap = model.gap(prompt, tokens)
+                assert gap < NEAR_TIE, f"{len(prompt)} tokens, then {tokens}: {gap} below the best"
+            wait_until(world.is_idle, "pools as they were")
+            total = sum(len(tokens) for _, tokens in answered)
+            print(f"{count} kills, {len(answered)} requests, {total} tokens; whole again after")
+            for victim, of in sorted(seconds.items()):
+                median = percentile(sorted(of), 50)
+                print(f"  {victim}: {len(of)} times, median {median:.1f} s, most {max(of):.1f} s")
         except BaseException:
-            print(cluster.log)
+            for each in world.logs:
+                print(each.log)
             raise
         finally:
-            cluster.stop()
+            world.cluster.stop()
+            world.node.kill()

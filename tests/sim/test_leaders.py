@@ -128,3 +128,19 @@ def test_whatever_fails_requests_get_their_tokens_and_nothing_is_left(seed: int)
         else:
             assert reasons[0] == "length" or aborts
     check_idle(simulation)
+
+
+def test_loads_tell_what_came_and_what_steps_took() -> None:
+    """Prompts of 40 tokens, 8 of output: the first is sampled by the prefill replica."""
+    sizes = {"pages": 200, "max_batch_tokens": 64, "max_running": 8, "local": 0}
+    simulation = Simulation(0, [SimReplica(name, **sizes) for name in ("prefill-0", "decode-0")])
+    for number in range(5):
+        prompt = [number, *range(39)]
+        simulation.generate(f"r{number}", prompt, 8, "decode-0", "prefill-0")
+    simulation.run()
+    prefill, decode = (each.leader.load() for each in simulation.replicas.values())
+    assert (prefill.arrived, decode.arrived) == (5, 5)
+    assert (prefill.prompt_step_tokens, decode.prompt_step_tokens) == (200, 0)
+    assert (prefill.decode_step_tokens, decode.decode_step_tokens) == (0, 35)
+    assert prefill.decode_steps == 0
+    assert 7 <= decode.decode_steps <= 35

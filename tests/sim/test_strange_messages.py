@@ -85,9 +85,21 @@ def strange(rng: random.Random) -> AnyMessage:
     targets = tuple(GroupPages(number(), raw()) for _ in some())
     digests = tuple(raw() for _ in some())
     tenant = rng.choice(("", "a", "x" * 128, "x" * 129))
-    ours = Generate(name(), raw(), raw(), raw(), params, name(), real(), tenant)
+    ours = Generate(name(), raw(), raw(), raw(), params, name(), real(), tenant, number(), number())
     theirs = Reserve(
-        number(), number(), name(), raw(), raw(), raw(), params, targets, real(), complete, tenant
+        number(),
+        number(),
+        name(),
+        raw(),
+        raw(),
+        raw(),
+        params,
+        targets,
+        real(),
+        complete,
+        tenant,
+        number(),
+        number(),
     )
     done = PrefillDone(number(), name(), number(), None, number(), real(), real())
     written = PagesWritten(
@@ -117,6 +129,14 @@ def test_a_tenants_name_is_bounded() -> None:
         for length, expected in ((128, True), (129, False)):
             named = msgspec.structs.replace(message, tenant="x" * length)
             assert is_sound(named, groups, PAGE) is expected
+
+
+def test_classes_are_few() -> None:
+    groups = SimReplica("decode-0", 40, 8, 4, 0).groups
+    for message in sound(random.Random(0)):
+        for priority, expected in ((-1, False), (0, True), (15, True), (16, False)):
+            of_class = msgspec.structs.replace(message, priority=priority)
+            assert is_sound(of_class, groups, PAGE) is expected
 
 
 @pytest.mark.parametrize("seed", range(150))

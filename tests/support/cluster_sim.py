@@ -16,7 +16,6 @@ of one is garbage, and its source is read at the end.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +50,7 @@ from pd.events import (
 )
 from pd.leader import Leader
 from pd.messages import Abort, Generate, Output, Outputs, SamplingParams, pack_ints
+from pd.simulate.clock import VirtualClock
 from pd.spec import CacheSpec, Role
 from transfer.layout import LayerGroup, PageLayout
 from transfer.topology import Topology
@@ -153,7 +153,7 @@ class Faults:
     fail_copies: float = 0.0
 
 
-class Simulation:
+class Simulation(VirtualClock):
     def __init__(
         self,
         seed: int,
@@ -161,15 +161,13 @@ class Simulation:
         faults: Faults | None = None,
         keepers: Sequence[SimKeeper] = (),
     ) -> None:
+        super().__init__()
         self.random = random.Random(seed)
-        self.now = 0.0
         self.replicas = {replica.name: replica for replica in replicas}
         self.keepers = {keeper.name: keeper for keeper in keepers}
         self.faults = faults or Faults()
         self.outputs: dict[str, list[Output]] = {}
         self.warnings: list[str] = []
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._tie = 0
         self._last_arrival: dict[tuple[str, str], float] = {}
         self._num_events = 0
         self._writes: dict[tuple[SimReplica, int], tuple[Write, SimReplica]] = {}
@@ -210,20 +208,14 @@ class Simulation:
             else:
                 self.deliver(node, PeerUp(other.name, other.role, other.topology))
 
-    def at(self, when: float, action: Callable[[], None]) -> None:
-        self._tie += 1
-        heapq.heappush(self._queue, (when, self._tie, action))
-
     def after(self, longest: float, action: Callable[[], None]) -> None:
         self.at(self.now + self.random.random() * longest, action)
 
     def run(self, limit: float = 5000.0) -> None:
         """Until nothing is in progress."""
         self._tick_all()
-        while self._queue:
-            self.now, _, action = heapq.heappop(self._queue)
+        while self.step():
             assert self.now < limit, "it does not end"
-            action()
 
     def _tick_all(self) -> None:
         for replica in self.replicas.values():
@@ -236,7 +228,7 @@ class Simulation:
                 self._after_keeper(keeper)
         busy = any(r.alive and not r.leader.is_idle for r in self.replicas.values())
         busy |= any(keeper.alive and not keeper.is_idle for keeper in self.keepers.values())
-        if self._queue or busy:
+        if self.num_waiting or busy:
             self.at(self.now + 1.0, self._tick_all)
 
     # ----------------------------------------------------------------------------------- the client
@@ -250,11 +242,22 @@ class Simulation:
         prefill: str,
         timeout: float = 1e6,
         tenant: str = "",
+        priority: int = 0,
     ) -> None:
         hashes = b"".join(page_hashes(np.array(prompt, np.int32), PAGE, ROOT))
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         tokens = pack_ints(prompt)
-        message = Generate(request_id, tokens, ROOT, hashes, params, prefill, timeout, tenant)
+        message = Generate(
+            request_id,
+            tokens,
+            ROOT,
+            hashes,
+            params,
+            prefill,
+            timeout,
+            tenant,
+            priority=priority,
+        )
         self.outputs[request_id] = []
         self._send_in_order("api", decode, message)
 

@@ -34,7 +34,6 @@ class ClientNode(Node):
     async def prepare(self) -> Member:
         router = make_router(self.spec, self.name)
         self.client = EngineClient(self.send, router, self.spec.page_tokens)
-        self.client.set_fingerprint("test")
         return Member(self.name, None, self.incarnation, "")
 
     def received(self, sender: str, message: AnyMessage) -> None:
@@ -44,7 +43,10 @@ class ClientNode(Node):
         if member.role == "cache":
             self.client.keepers[member.name] = {}
         elif member.role is not None:
-            self.client.on_peer_up(member.name, member.role)
+            self.client.on_peer_up(member.name, member.role, member.fingerprint, member.cohort)
+
+    def member_draining(self, member: Member) -> None:
+        self.client.on_peer_draining(member.name)
 
     def member_left(self, member: Member, reason: str) -> None:
         if self.client.keepers.pop(member.name, None) is None:

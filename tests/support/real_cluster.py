@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,17 @@ def end_all(processes: set[ProcessId]) -> None:
 class RayHead:
     """`ray start --head --block` with ports and a folder of its own."""
 
-    def __init__(self, folder: Path, num_cpus: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_cpus: int = 8,
+        port: int = 0,
+        options: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
+        """`port`: 0 is any free one. `options` and `environment`: more of them."""
         self.folder = folder
-        ports = free_ports(7)
+        ports = [port, *free_ports(6)] if port else free_ports(7)
         self.address = f"127.0.0.1:{ports[0]}"
         self.dashboard = f"http://127.0.0.1:{ports[1]}"
         command = [
@@ -149,13 +157,14 @@ class RayHead:
             f"--metrics-export-port={ports[5]}",
             *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={ports[6]}"),
             *(f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={2**27}"),
+            *options,
         ]
         self._log = (folder / "head.log").open("w")
         self._process = subprocess.Popen(
             command,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=_environment(""),
+            env=_environment("", **environment),
             start_new_session=True,
         )
 

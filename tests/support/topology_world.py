@@ -38,18 +38,24 @@ class TinyModels:
         return folder, ReferenceModel(folder)
 
 
-def role(topology: Shape, **more: Any) -> dict[str, Any]:
+def role(topology: Shape, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """On a GPU, all ranks share it."""
     names = dict(zip(("tp", "pp", "cp"), topology, strict=True))
-    return {"topology": names, "pool": {"pages": 120}, "max_batch_tokens": 40} | more
+    common = {"topology": names, "pool": {"pages": 120}, "max_batch_tokens": 40}
+    if device == "cuda":
+        common |= {"device": device, "resources": {"GPU": 0.1}}
+    return common | more
 
 
-def make_spec(folder: Path, prefill: Shape, decode: Shape, **more: Any) -> ClusterSpec:
+def make_spec(
+    folder: Path, prefill: Shape, decode: Shape, device: str = "cpu", **more: Any
+) -> ClusterSpec:
     return ClusterSpec.model_validate(
         {
             "model": {"path": str(folder), "dtype": "float32"},
             "page_tokens": PAGE,
-            "roles": {"prefill": role(prefill), "decode": role(decode)},
-            "transfer": {"backend": "shm", "verify": True},
+            "roles": {"prefill": role(prefill, device), "decode": role(decode, device)},
+            "transfer": {"backend": "ipc" if device == "cuda" else "shm", "verify": True},
             "router": {"local_prefill_tokens": 0},
         }
         | more

@@ -163,13 +163,14 @@ def make_client(
     max_queue: int = 64,
     with_replicas: bool = True,
     takeover_s: float = 30.0,
+    router: Router | None = None,
 ) -> EngineClient:
-    client = EngineClient(leaders.send, Router(max_queue), PAGE_TOKENS, takeover_s)
+    router = router or Router(max_queue)
+    client = EngineClient(leaders.send, router, PAGE_TOKENS, takeover_s)
     leaders.client = client
     if with_replicas:
-        client.set_fingerprint("test model")
-        client.on_peer_up("prefill-0", "prefill")
-        client.on_peer_up("decode-0", "decode")
+        client.on_peer_up("prefill-0", "prefill", "test model")
+        client.on_peer_up("decode-0", "decode", "test model")
         load = ReplicaLoad(
             waiting=2,
             running=1,
@@ -223,7 +224,17 @@ class ApiHarness:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         takeover_s = self._spec.timeouts.takeover
-        self.client = make_client(self.leaders, self._max_queue, self._with_replicas, takeover_s)
+        router = Router(
+            self._max_queue,
+            classes=self._spec.router.classes(),
+            objectives=self._spec.objectives,
+        )
+        self.client = make_client(
+            self.leaders,
+            with_replicas=self._with_replicas,
+            takeover_s=takeover_s,
+            router=router,
+        )
         model = ModelInfo("tiny", len(self.tokenizer), MAX_CONTEXT, (self.tokenizer.eos_token_id,))
         app = create_app(self._spec, self.client, self.tokenizer, model)
         config = uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off")

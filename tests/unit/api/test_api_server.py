@@ -107,9 +107,9 @@ def test_health_says_what_is_missing(serve: Any) -> None:
     assert response.status_code == 503
     assert response.json()["status"] == "unavailable"
     assert response.json()["missing"] == ["prefill", "decode"]
-    api.on_loop(lambda: api.client.on_peer_up("decode-0", "decode"))
+    api.on_loop(lambda: api.client.on_peer_up("decode-0", "decode", "test model"))
     assert api.get("/health").json()["missing"] == ["prefill"]
-    api.on_loop(lambda: api.client.on_peer_up("prefill-0", "prefill"))
+    api.on_loop(lambda: api.client.on_peer_up("prefill-0", "prefill", "test model"))
     response = api.get("/health")
     assert response.status_code == 200
     assert response.json()["roles"]["decode"] == {"up": 1, "min": 1, "max": 1}

@@ -130,7 +130,7 @@ def test_a_request_goes_on_where_its_decode_replica_left_it(
 
     async def body() -> None:
         client = engine_client()
-        client.on_peer_up("decode-1", "decode")
+        client.on_peer_up("decode-1", "decode", "test model")
         leaders.mode = "stuck_after_two"
         stream = client.submit(PROMPT, SamplingParams(max_tokens=5, temperature=0.0, min_tokens=4))
         await two_tokens(stream)
@@ -168,11 +168,11 @@ def test_lost_requests_wait_for_a_replica(engine_client: Make, leaders: Any) -> 
         client.on_peer_down("decode-0", "killed")
         streams[2].close()
         assert client.counters.replays == 0
-        client.on_peer_up("decode-0", "decode")
+        client.on_peer_up("decode-0", "decode", "test model")
         await asyncio.gather(*(two_tokens(stream, 4) for stream in streams[:2]))
         leaders.mode = "answer"
         client.on_peer_down("decode-0", "killed")
-        client.on_peer_up("decode-0", "decode")
+        client.on_peer_up("decode-0", "decode", "test model")
         for stream in streams[:2]:
             await drain(stream)
             assert stream.num_tokens == 5
@@ -193,7 +193,7 @@ def test_a_request_that_replicas_die_of_is_not_sent_for_ever(
         for _ in range(4):
             assert not stream.is_ended
             client.on_peer_down("decode-0", "killed")
-            client.on_peer_up("decode-0", "decode")
+            client.on_peer_up("decode-0", "decode", "test model")
         assert "as were 3 before it" in last_error(await drain(stream))
         assert len(leaders.generates()) == 4
         client.check_integrity()
@@ -302,7 +302,7 @@ def test_choices_after_the_first_wait_for_its_first_token(
 ) -> None:
     async def body() -> None:
         client = engine_client()
-        client.on_peer_up("decode-1", "decode")
+        client.on_peer_up("decode-1", "decode", "test model")
         streams = client.submit_all(
             [(PROMPT, SamplingParams(max_tokens=5, seed=2**64 - 1))], n=3, timeout_s=30
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import needs_cuda
 from reference_model import ReferenceModel
 
 from hicache.index import PageIndex
@@ -72,9 +73,9 @@ def output(sequence: Tracked) -> list[int]:
 class Case:
     """One family: its folder, its runner, prompts and their reference tokens."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.runner = load(folder)
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        self.runner = load(folder, device=device)
         reference = ReferenceModel(folder)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, reference.vocab_size, n).astype(np.int32) for n in LENGTHS]
@@ -89,9 +90,9 @@ class Case:
         ]
 
 
-def load(folder: Path, dtype: Any = "float32", **options: Any) -> ModelRunner:
+def load(folder: Path, dtype: Any = "float32", device: str = "cpu", **options: Any) -> ModelRunner:
     spec = ModelSpec(path=str(folder), dtype=dtype, **options)
-    return ModelRunner(folder, spec, PAGE, torch.device("cpu"))
+    return ModelRunner(folder, spec, PAGE, torch.device(device))
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +106,18 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return get
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((family, "cpu") for family in FAMILIES),
+        *(pytest.param((family, "cuda"), marks=needs_cuda) for family in FAMILIES),
+    ],
+    ids="-".join,
+)
 def case(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Case:
     torch.set_num_threads(1)
-    return Case(family_folder(request.param))
+    family, device = request.param
+    return Case(family_folder(family), device)
 
 
 def test_references_differ(case: Case) -> None:
@@ -166,7 +175,7 @@ def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
     """Two replicas have the same bytes for a page, in the order
     [kv_head][layer][k|v][token][dim]."""
     prompt = case.prompts[7]
-    runners = [case.runner, load(case.folder)]
+    runners = [case.runner, load(case.folder, device=case.device.type)]
     engines = [Engine(runners[0], 400, 512), Engine(runners[1], 300, 512)]
     engines[1].run([case.prompts[3]])  # so that slots differ
     pages: list[list[torch.Tensor]] = []
@@ -179,7 +188,7 @@ def test_page_bytes_depend_on_the_tokens_alone(case: Case) -> None:
         first = [g.first_needed_page(len(prompt), PAGE) for g in engine.runner.groups]
         pages.append(
             [
-                pool.data[table[begin : len(prompt) // PAGE]].clone()
+                pool.data[table[begin : len(prompt) // PAGE]].cpu()
                 for pool, table, begin in zip(
                     engine.runner.pools, sequence.tables, first, strict=True
                 )

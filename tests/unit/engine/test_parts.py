@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from reference_model import ReferenceModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,16 +40,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_tiny_model(base / family, family) for family in FAMILIES}
 
 
-def load_ranks(folder: Path, topology: Topology, load: str = "weights") -> list[ModelRunner]:
-    """All ranks of a replica, as threads."""
+def load_ranks(
+    folder: Path, topology: Topology, device: str = "cpu", **model: Any
+) -> list[ModelRunner]:
+    """All ranks of a replica, as threads; on a GPU they share it."""
     torch.set_num_threads(1)
     store = make_store("127.0.0.1", 30)
-    spec = ModelSpec(path=str(folder), dtype="float32", load=load)  # type: ignore[arg-type]
+    spec = ModelSpec(**{"path": str(folder), "dtype": "float32"} | model)
     shape = balanced(topology, load_config(folder))
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
 
     def load_one(rank: int) -> ModelRunner:
-        ranks = Ranks(shape, rank, join_store("127.0.0.1", store.port, 30), timeout_s=30)
-        return ModelRunner(folder, spec, PAGE, torch.device("cpu"), ranks)
+        met = join_store("127.0.0.1", store.port, 30)
+        ranks = Ranks(shape, rank, met, timeout_s=30, device=where)
+        return ModelRunner(folder, spec, PAGE, where, ranks)
 
     with ThreadPoolExecutor(topology.num_ranks) as threads:
         return list(threads.map(load_one, range(topology.num_ranks)))
@@ -106,14 +111,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("topology", [Topology(tp=2), Topology(pp=2), Topology(cp=2)], ids=str)
 @pytest.mark.parametrize("family", OTHERS)
 def test_logits_of_families_that_need_care(
-    family: str, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, topology: Topology, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAMILIES, family, OTHERS[family])
     folder = make_tiny_model(tmp_path / family, family)
-    runners = load_ranks(folder, topology)
+    runners = load_ranks(folder, topology, device)
     prompt = np.random.default_rng(0).integers(0, 320, 30).astype(np.int32)
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
     pages = [
@@ -140,8 +146,9 @@ def test_logits_of_families_that_need_care(
 
 
 def test_random_weights_do_not_depend_on_the_shape(folders: dict[str, Path]) -> None:
-    one = load_ranks(folders["qwen3_moe"], Topology(), "random")[0].model
-    two = [runner.model for runner in load_ranks(folders["qwen3_moe"], Topology(tp=2), "random")]
+    one = load_ranks(folders["qwen3_moe"], Topology(), load="random")[0].model
+    runners = load_ranks(folders["qwen3_moe"], Topology(tp=2), load="random")
+    two = [runner.model for runner in runners]
     name = "model.layers.1.mlp.experts.gate_up_proj"  # (experts, gates then ups, hidden)
     whole = one.get_parameter(name)
     half = whole.shape[1] // 4

@@ -13,6 +13,7 @@ from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
 from pd.engine.batch import StepCommand, StepResult
 from pd.engine.scheduler import Scheduler, Tracked
+from pd.engine.turns import PATIENCE_S
 from pd.messages import SamplingParams
 from transfer.layout import LayerGroup
 
@@ -47,22 +48,34 @@ class Rig:
         )
         self.alive: list[Tracked] = []
 
-    def track(self, prompt: Any, max_tokens: int = 20) -> Tracked:
+    def track(
+        self,
+        prompt: Any,
+        max_tokens: int = 20,
+        priority: int = 0,
+        tenant: str = "",
+        arrived_at: float = 0.0,
+    ) -> Tracked:
         prompt = np.asarray(prompt, np.int32)
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         hashes = page_hashes(prompt, PAGE, ROOT)
-        sequence = Tracked(prompt, params, ROOT, hashes, len(self.groups), 0.0)
+        groups = len(self.groups)
+        sequence = Tracked(
+            prompt, params, ROOT, hashes, groups, arrived_at, tenant, priority=priority
+        )
         self.alive.append(sequence)
         return sequence
 
-    def add(self, prompt: Any, max_tokens: int = 20) -> Tracked:
-        sequence = self.track(prompt, max_tokens)
+    def add(self, prompt: Any, max_tokens: int = 20, **whose: Any) -> Tracked:
+        sequence = self.track(prompt, max_tokens, **whose)
         self.scheduler.add(sequence)
         return sequence
 
-    def land(self, prompt: Any, max_tokens: int = 20, token: int = 0) -> Tracked | None:
+    def land(
+        self, prompt: Any, max_tokens: int = 20, token: int = 0, **whose: Any
+    ) -> Tracked | None:
         """A sequence whose prompt came by a handover, first token included; None without room."""
-        sequence = self.track(prompt, max_tokens)
+        sequence = self.track(prompt, max_tokens, **whose)
         self.scheduler.match_prefix(sequence)
         if self.scheduler.reserve_prompt(sequence) is None:
             self.scheduler.release_pages(sequence)
@@ -252,25 +265,29 @@ def test_random_histories(
     prompts = [[rng.randrange(9) for _ in range(rng.randint(1, 30))] for _ in range(4)]
     arrivals = 40
     most_in_flight = 0
-    for _ in range(4000):
+    several = rng.random() < 0.5
+    for now in range(4000):
         if arrivals and rng.random() < 0.3:
             arrivals -= 1
             base = rng.choice(prompts)
             prompt = base[: rng.randint(1, len(base))] + [rng.randrange(9) for _ in range(4)]
+            whose = {"arrived_at": float(now)}
+            if several:
+                whose |= {"priority": rng.randrange(3), "tenant": rng.choice("ab")}
             if rng.random() < 0.5:
-                rig.add(prompt, rng.randint(2, 20))
+                rig.add(prompt, rng.randint(2, 20), **whose)
             else:
-                landed = rig.land(prompt, rng.randint(2, 20), next_token(prompt))
+                landed = rig.land(prompt, rng.randint(2, 20), next_token(prompt), **whose)
                 if landed is not None:
                     ranks.land(landed)
-        command = rig.scheduler.plan(0.0) if max_in_flight == 1 or rng.random() < 0.7 else None
+        command = rig.scheduler.plan(now) if max_in_flight == 1 or rng.random() < 0.7 else None
         if command is not None:
             check_command(rig, command)
             ranks.submit(command)
             assert len(ranks.in_flight) <= max_in_flight
             most_in_flight = max(most_in_flight, len(ranks.in_flight))
         if len(ranks.in_flight) == max_in_flight:
-            assert rig.scheduler.plan(0.0) is None
+            assert rig.scheduler.plan(now) is None
         if rig.alive and rng.random() < 0.1:
             rig.drop(rng.choice(rig.alive))
         rig.index.check_integrity()
@@ -345,6 +362,97 @@ def test_a_waiting_sequence_is_not_overtaken() -> None:
     rig.drop(running)
     rig.step()
     assert large in rig.scheduler.running
+
+
+# ------------------------------------------------------------------------------ classes and tenants
+
+
+def test_higher_classes_are_admitted_first() -> None:
+    rig = Rig(max_running=1, max_batch_tokens=8)
+    batch = rig.add([1] * 6, 2, priority=1)
+    first, second = (rig.add([n] * 6, 2, arrived_at=n) for n in (2, 3))
+    order = []
+    while rig.alive:
+        (running,) = rig.scheduler.running or [None]
+        if running is not None and running not in order:
+            order.append(running)
+        rig.step()
+    assert order == [first, second, batch]
+
+
+def test_a_higher_class_does_not_wait_for_a_lower_ones_prompt() -> None:
+    rig = Rig(max_batch_tokens=8)
+    batch = rig.add([1] * 60, priority=1)
+    decoding = rig.add([2], priority=1)
+    for _ in range(2):
+        rig.step()
+    rig.drop(decoding)
+    assert batch.num_computed == 16
+    urgent, same = rig.add([3] * 10), rig.add([4] * 10, priority=1)
+    rig.step()
+    assert (urgent.num_computed, batch.num_computed) == (8, 16)
+    rig.step()
+    assert (urgent.num_output, batch.num_computed) == (1, 22)
+    assert same.row == -1  # it waits for its class's budget
+
+
+def test_landed_ones_join_by_class() -> None:
+    rig = Rig(max_running=1, max_batch_tokens=8)
+    batch, urgent = rig.land([1] * 6, 3, priority=1), rig.land([2] * 6, 3, arrived_at=1.0)
+    rig.step()
+    assert rig.scheduler.running == [urgent]
+    assert [*rig.scheduler.landed] == [batch]
+
+
+def test_the_lowest_class_is_preempted_first_and_of_it_the_youngest() -> None:
+    rig = Rig(pages=13, max_batch_tokens=64, groups=(FULL,))  # twelve pages
+    batch = [rig.add([n] * 8, 13, priority=1) for n in range(2)]
+    urgent = [rig.add([n] * 8, 13) for n in (2, 3)]
+    preempted = []
+    while rig.alive:
+        rig.step()
+        rig.index.check_integrity()
+        preempted += [s for s in (*batch, *urgent) if s.preemptions and s not in preempted]
+    assert preempted == [batch[1], batch[0]][: len(preempted)] != []
+    assert all(s.preemptions == 0 and s.num_output == 13 for s in urgent)
+
+
+def test_a_flood_delays_another_tenant_by_a_prompt() -> None:
+    rig = Rig(max_batch_tokens=8, max_running=4)
+    flood = [rig.add([1, n] * 4, 2, tenant="flood") for n in range(30)]
+    for _ in range(3):
+        rig.step()
+    served = sum(s.num_computed >= 8 for s in flood)
+    single = rig.add([9] * 8, 2, tenant="single", arrived_at=1.0)
+    while not single.num_output:
+        rig.step()
+    assert sum(s.num_computed >= 8 for s in flood) - served <= 2
+
+
+def test_tenants_share_tokens() -> None:
+    rig = Rig(pages=500, max_batch_tokens=16, max_running=4)
+    long = [rig.add([1, n % 97, n] * 10, 1, tenant="long") for n in range(40)]
+    short = [rig.add([2, n % 97, n] * 2, 1, tenant="short", arrived_at=1.0) for n in range(200)]
+    for _ in range(40):
+        rig.step()
+    tokens = [sum(s.num_computed for s in some) for some in (long, short)]
+    assert abs(tokens[0] - tokens[1]) <= 2 * 30
+
+
+def test_lower_classes_are_served_in_the_end() -> None:
+    rig = Rig(max_running=1, max_batch_tokens=8)
+    batch = rig.add([1] * 6, 1, priority=1)
+    now = 0.0
+    while batch in rig.alive:
+        rig.add([2] * 6, 1, arrived_at=now)
+        command = rig.scheduler.plan(now)
+        assert command is not None
+        for progress in rig.scheduler.commit(rig.result(command)):
+            if progress.token is not None:
+                rig.drop(progress.sequence)
+        now += 1.0
+        assert now < 3 * PATIENCE_S
+    assert now > PATIENCE_S
 
 
 # --------------------------------------------------------------------------------------- preemption

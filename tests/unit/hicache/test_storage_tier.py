@@ -15,13 +15,10 @@ from hicache.storage_io import (
     CancelOp,
     Exists,
     Get,
-    LoadCost,
     OpKind,
     PagesFreed,
     Put,
-    Rate,
     StorageLimits,
-    Verdict,
 )
 from hicache.storage_tier import StorageTier
 from transfer.layout import LayerGroup
@@ -855,33 +852,50 @@ def test_no_more_is_read_than_the_request_has_when_storage_lacks_the_rest():
     assert get_pages(world) == []
 
 
-def test_load_cost_judges_by_bytes_trips_and_tokens():
-    cost = LoadCost(probe_s=10.0)
-    assert cost.judge(10**12, 2, 1, 1e9, 0.0) is Verdict.LOAD
-    cost.add_trip(0.1)
-    cost.add_read(1000, 0.0, 1.1)  # its latency is known
-    assert cost.reads.bytes_per_s == pytest.approx(1000)
-    assert cost.seconds(500, 2) == pytest.approx(0.7)
-    assert cost.judge(500, 2, 71, 100.0, 0.0) is Verdict.LOAD
-    assert cost.judge(500, 2, 69, 100.0, 0.0) is Verdict.PROBE
-    assert cost.judge(500, 2, 69, 100.0, 9.9) is Verdict.RECOMPUTE
-    assert cost.judge(500, 2, 69, 100.0, 10.0) is Verdict.PROBE
-    assert cost.judge(500, 2, 69, 0.0, 10.0) is Verdict.LOAD
+def test_reads_that_take_too_long_count_before_they_have_ended_and_when_they_fail():
+    world = make(pool=200, get_timeout_s=50.0)
+    one, two = world.add_chain("abcdefghij"), world.add_chain("klmnopqrst")
+    world.put_objects(one + two)
+    world.tier._operations.cost.reads.add(10 * world.page_bytes[0], 0.0, 1.0)  # 10 pages a second
+    assert world.prefetch(one, tokens_per_s=10.0) is not None  # 20 tokens: 2 s
+    end_all(world, Exists)
+    assert world.prefetch(two[:5], tokens_per_s=5.0) is not None
+    world.now += 40.0
+    assert world.prefetch(two, tokens_per_s=10.0) is None
+    end_all(world, Get, fail)
+    probe = world.prefetch(two, tokens_per_s=10.0)
+    assert probe.is_probe
+    assert world.tier.stats().read_bytes_per_s < world.page_bytes[0]
 
 
-def test_operations_that_overlap_share_the_time():
-    rate = Rate()
-    rate.add(1000, 0.0, 1.0)
-    assert rate.bytes_per_s == 1000
-    for _ in range(60):  # pairs, begun together, that take a second
-        rate = Rate() if not rate.bytes_per_s else rate
-        start = rate._last_end
-        rate.add(500, start, start + 1.0)
-        rate.add(500, start, start + 1.0)
-    assert rate.bytes_per_s == pytest.approx(1000, rel=0.01)
-    rate.add(0, start + 1.0, start + 3.0)  # a failure takes time as well
-    rate.add(1000, start + 3.0, start + 4.0)
-    assert rate.bytes_per_s < 900
+def test_a_request_waits_for_a_slow_answer_only_where_pages_are_known_to_be_stored():
+    world = make(pool=60)
+    ours, others = world.add_chain("abcdefghij"), world.add_chain("klmnopqrst")
+    world.cache(ours)
+    world.settle()
+    world.evict_all()
+    world.put_objects(others)
+    cost = world.tier._operations.cost
+    cost.add_trip(0.15)
+    cost.reads.add(10**9, 0.0, 1.0)
+    # 20 tokens take 2 s to compute, an answer 0.15 s: 7.5 %.
+    assert not world.prefetch(ours, tokens_per_s=10.0).is_probe
+    assert world.prefetch(others, tokens_per_s=10.0).is_probe
+    assert not world.prefetch(others, tokens_per_s=5.0).is_probe
+
+
+def test_what_failed_is_tried_again_without_a_request_that_waits():
+    world = make(pool=60, failures_to_open=1, breaker_pause_s=1.0, absent_s=0.0)
+    hashes = world.add_chain("abcdefghij")
+    world.put_objects(hashes)
+    world.tier._operations.cost.reads.add(10**9, 0.0, 1.0)
+    assert not world.prefetch(hashes, tokens_per_s=10.0).is_probe
+    end_all(world, Exists, fail)
+    assert world.tier.stats().breaker is BreakerState.OPEN
+    later(world, 1.0)
+    assert world.prefetch(hashes, tokens_per_s=10.0).is_probe
+    world.settle()
+    assert world.tier.stats().breaker is BreakerState.CLOSED
 
 
 def test_what_is_queued_makes_reading_slower():

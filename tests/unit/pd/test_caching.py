@@ -4,7 +4,6 @@ are copied and no longer, and nothing that the keeper says does harm."""
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from hicache.keys import page_hashes, root_hash
 from hicache.messages import Close, Copied, Find, Found, Offer, Room, Take
 from pd.caching import Caching
 from pd.engine.scheduler import Scheduler, Tracked
+from pd.engine.turns import NEVER
 from pd.events import CopyPages, Effect, PagesCopied, Warn
 from pd.messages import SamplingParams
 from pd.spec import CacheSpec, HostCacheSpec, StorageCacheSpec
@@ -117,9 +117,11 @@ class Rig:
         self.effects.clear()
         return effect
 
-    def end(self, copy: CopyPages, error: str | None = None, seconds: float = 1.0) -> None:
+    def end(
+        self, copy: CopyPages, error: str | None = None, seconds: float = 1.0, now: float = 0.0
+    ) -> None:
         moved = sum(map(len, copy.host_pages)) * PAGE_BYTES
-        self.caching.copied(PagesCopied(copy.copy_id, error, moved, seconds))
+        self.caching.copied(PagesCopied(copy.copy_id, error, moved, seconds), now)
         self.check()
 
     def check(self) -> None:
@@ -353,11 +355,11 @@ def test_a_request_waits_for_device_pages_and_whoever_came_later_is_told() -> No
     rig.say(found(1, [[11, 12, 13]]))
     assert rig.effects == []
     assert rig.held() == [3]
-    assert rig.caching.lacks_pages_since == 3.0
+    assert rig.caching.lacks_pages_since == (0, 0.0, 3.0)
     rig.let_go(other)
     rig.advance()
     rig.end(rig.copy())
-    assert rig.caching.lacks_pages_since == math.inf
+    assert rig.caching.lacks_pages_since == NEVER
     assert rig.ready == [sequence]
 
 
@@ -419,21 +421,89 @@ def test_pages_that_a_request_waits_for_are_not_taken_by_a_later_one() -> None:
     assert copies == [[11, 12, 13, 14], [21]]
 
 
-def test_what_is_computed_sooner_is_not_copied() -> None:
-    rig = Rig()
+def measured(rig: Rig) -> None:
+    """Two pages were copied in two seconds."""
     rig.caching.fetch(rig.track(22), 0.0, 0.0)
     rig.say(found(1, [[11, 12]]))
-    rig.end(rig.copy(), seconds=2.0)  # a page a second
-    slow, fast = rig.track(22, 1), rig.track(22, 2)
-    rig.caching.fetch(slow, 0.0, 0.0)
-    rig.caching.fetch(fast, 0.0, 0.0)
-    rig.caching.receive(KEEPER, found(2, [[11, 12]]), 0.0)
-    rig.advance(tokens_per_s=5.0)
-    assert slow in rig.ready
-    rig.caching.receive(KEEPER, found(3, [[11, 12]]), 0.0)
-    rig.advance(tokens_per_s=3.0)
-    rig.end(rig.copy())
+    rig.end(rig.copy(), seconds=2.0, now=2.0)
+    rig.ready.clear()
+
+
+def find(rig: Rig, sequence: Tracked, serial: int, now: float, tokens_per_s: float) -> None:
+    """The host tier has two pages of it."""
+    rig.caching.fetch(sequence, tokens_per_s, now)
+    rig.caching.receive(KEEPER, found(serial, [[10 * serial + 1, 10 * serial + 2]]), now)
+    rig.advance(now, tokens_per_s)
+
+
+def test_what_is_not_sooner_than_computing_by_a_quarter_is_copied_beside_it() -> None:
+    rig = Rig()
+    measured(rig)
+    fast, slow, other, again = (rig.track(22, number) for number in range(1, 5))
+    find(rig, fast, 2, 2.0, tokens_per_s=3.1)  # 8 tokens: 2.6 s
+    copy = rig.copy()
+    assert fast not in rig.ready
+    rig.end(copy, seconds=2.0, now=4.0)
+    find(rig, slow, 3, 4.0, tokens_per_s=3.3)  # 2.4 s
+    probe = rig.copy()
+    assert rig.ready == [fast, slow]
+    find(rig, other, 4, 5.0, tokens_per_s=3.3)
+    assert rig.effects == []
+    assert rig.ready == [fast, slow, other]
+    rig.end(probe, seconds=1.0, now=5.0)
+    assert rig.index.match(slow.hashes) == 2
+    assert not slow.host_tokens
+    find(rig, again, 5, 5.0, tokens_per_s=3.3)
+    rig.end(rig.copy(), seconds=0.1, now=5.1)
     assert rig.is_idle
+
+
+def test_copies_out_say_how_fast_the_first_copy_in_will_be() -> None:
+    rig = Rig()
+    unknown, known = rig.track(22, 1), rig.track(22, 2)
+    find(rig, unknown, 1, 0.0, tokens_per_s=1.0)
+    assert rig.ready == [unknown]
+    rig.end(rig.copy(), error="it failed")
+    rig.effects.clear()
+    out = rig.track(22, 3)
+    rig.compute(out, 2)
+    rig.caching.published(out, 0, 2)
+    rig.say(Room(2, 0, (pack([31, 32]),)))
+    rig.end(rig.copy(), seconds=0.1, now=1.0)
+    find(rig, known, 3, 1.0, tokens_per_s=1.0)
+    assert known not in rig.ready
+    rig.end(rig.copy(), seconds=0.1, now=1.1)
+    rig.let_go(out)
+    assert rig.is_idle
+
+
+def test_a_copy_is_waited_for_no_longer_than_computing_takes() -> None:
+    rig = Rig()
+    measured(rig)
+    late, next_one = rig.track(22, 1), rig.track(22, 2)
+    find(rig, late, 2, 2.0, tokens_per_s=2.0)  # 8 tokens: 4 s
+    copy = rig.copy()
+    rig.tick(5.9)
+    assert rig.ready == []
+    rig.tick(6.0)
+    assert rig.ready == [late]
+    find(rig, next_one, 3, 6.0, tokens_per_s=2.0)
+    assert rig.ready == [late, next_one]
+    assert rig.effects == []
+    rig.end(copy, seconds=10.0, now=12.0)
+    assert rig.index.match(late.hashes) == 2
+    assert rig.is_idle
+
+
+def test_storage_is_waited_for_no_longer_than_computing_takes() -> None:
+    rig = Rig(prefetch="wait_complete")
+    rig.caching.fetch(rig.track(22), 2.0, 0.0)
+    rig.took()
+    rig.say(found(1, [[11]], is_last=False))
+    rig.tick(7.9)  # 4 pages: 16 tokens
+    assert rig.took() == []
+    rig.tick(8.0)
+    assert rig.took() == [Take(1, 1)]
 
 
 # --------------------------------------------------------------------------------- what storage has

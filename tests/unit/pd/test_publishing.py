@@ -160,7 +160,7 @@ def test_numbers_and_ports() -> None:
     roles = {"prefill": {"replicas": {"min": 1, "max": 3}}, "decode": {"replicas": 2}}
     spec = ClusterSpec.model_validate({"model": {"path": "x"}, "roles": roles})
     names = ["prefill-0", "prefill-2", "decode-0", "decode-1", "cache-0", "cache-1"]
-    assert [process_number(spec, name) for name in names] == [0, 2, 3, 4, 5, 6]
+    assert [process_number(spec, name) for name in names] == [0, 2, 4, 5, 7, 8]
     assert plan_address("tcp://127.0.0.1:5557", 4) == "tcp://127.0.0.1:5561"
     assert plan_address("tcp://[::1]:0", 4) == "tcp://[::1]:*"
     assert plan_address("tcp://*:*", 4) == "tcp://*:*"

@@ -232,6 +232,18 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
         spec(more="api: {tenants: {a: [secret], b: [secret]}}"),
         [("api", "tenants.b: a key that is in tenants.a as well")],
     ),
+    "a default that is no class": (
+        spec(more="router: {priorities: {a: {}, b: {}}, default_priority: c}"),
+        [("router", "default_priority: found 'c', expected one of a, b")],
+    ),
+    "a share of more than all": (
+        spec(more="router: {priorities: {a: {share: 1.5}}}"),
+        [("router.priorities.a.share", "found 1.5", "at most 1")],
+    ),
+    "a class's name": (
+        spec(more="router: {priorities: {A: {}}}"),
+        [("router.priorities.A", "found 'A'", "text that matches")],
+    ),
     "a tenant's key not in the environment": (
         spec(more="api:\n  tenants:\n    a:\n      - ${PAGERELAY_TEST_NO_SUCH}"),
         [("api.tenants.a[0]", ":6:", "PAGERELAY_TEST_NO_SUCH", "to be set")],
@@ -266,6 +278,34 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
     "two API processes": (
         spec(more="api: {replicas: 2}"),
         [("api.replicas", "found 2", "at most 1")],
+    ),
+    "objectives": (
+        spec(more="objectives:\n  ttft: 0\n  tpot: 20ms"),
+        [
+            ("objectives.ttft", ":4:", "found 0", "above 0"),
+            ("objectives.tpot", ":5:", "found '20ms'", "a number"),
+        ],
+    ),
+    "misspelt objective": (
+        spec(more="objectives: {tfft: 1}"),
+        [("objectives.tfft", "unknown", "mean ttft?")],
+    ),
+    "planner": (
+        spec(more="planner: {interval: 0, up: 1.5, down_after: soon, max_replicas: 0}"),
+        [
+            ("planner.down_after", "found 'soon'", "a number"),
+            ("planner.interval", "found 0", "above 0"),
+            ("planner.max_replicas", "found 0", "at least 1"),
+            ("planner.up", "found 1.5", "at most 1"),
+        ],
+    ),
+    "planner without hysteresis": (
+        spec(more="planner:\n  up: 0.5\n  down: 0.5"),
+        [("planner", ":3:", "expected down (0.5) below up (0.5)")],
+    ),
+    "fewer replicas than there must be": (
+        spec("{both: {replicas: 3}}", more="planner:\n  max_replicas: 2"),
+        [("planner.max_replicas", ":4:", "found 2", "at least 3, the sum of all replicas.min")],
     ),
     "timeout in quotes": (
         spec(more="timeouts: {start: '30'}"),
@@ -334,6 +374,28 @@ def test_cache_tiers() -> None:
     for order in order_names():
         text = spec(more=f"cache: {{eviction: {order}}}")
         assert parse_spec(text, "x").cache.eviction == order
+
+
+def test_objectives_and_planner() -> None:
+    default = parse_spec(spec(), "x")
+    assert (default.objectives.ttft, default.objectives.tpot) == (None, None)
+    assert default.planner.max_replicas is None
+    more = "objectives: {ttft: 1, tpot: 0.05}\nplanner: {up: 0.7, down: 0.6, max_replicas: 8}"
+    given = parse_spec(spec(more=more), "x")
+    assert (given.objectives.ttft, given.objectives.tpot) == (1.0, 0.05)
+    assert (given.planner.up, given.planner.down, given.planner.max_replicas) == (0.7, 0.6, 8)
+
+
+def test_classes_and_their_shares() -> None:
+    router = parse_spec(spec(), "x").router
+    assert [(each.slack, each.share) for each in router.classes()] == [(1.0, 1.0)]
+    classes = "{interactive: {}, batch: {slack: 10}, night: {slack: null, share: 0.1}}"
+    more = f"router: {{priorities: {classes}, default_priority: batch}}"
+    router = parse_spec(spec(more=more), "x").router
+    assert [*router.priorities] == ["interactive", "batch", "night"]
+    assert router.default_priority == "batch"
+    found = [(each.slack, each.share) for each in router.classes()]
+    assert found == [(1.0, 1.0), (10.0, pytest.approx(2 / 3)), (None, 0.1)]
 
 
 def test_tenants_and_quotas(monkeypatch: pytest.MonkeyPatch) -> None:

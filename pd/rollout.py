@@ -1,0 +1,115 @@
+"""Which replicas to start and which to drain, given those that are there. Pure.
+
+`plan_rollout` is asked again and again, and says what to do now. Replicas of another version than
+the wanted one (a changed spec) are replaced one after the other in each role: a successor is
+started beside them, and one of them is drained when it runs. Where there is no room for one more,
+the predecessor goes first, as long as another one serves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from pd.spec import ClusterSpec, Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replica:
+    name: str
+    role: Role
+    version: str
+    is_running: bool
+    is_draining: bool = False
+    finds_no_room: bool = False
+    """Has been waiting for resources for so long that there seem to be none."""
+    num_requests: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start:
+    role: Role
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drain:
+    """For one that does not run yet: end it."""
+
+    name: str
+    reason: str
+
+
+Action: TypeAlias = Start | Drain
+_CHANGED, _FEWER = "its spec has changed", "fewer are wanted"
+
+
+def version_of(spec: ClusterSpec, role: Role | None) -> str:
+    """Changes with whatever the processes of a role were started with; None: of keepers."""
+    parts = spec.model_dump(
+        mode="json", include={"model", "page_tokens", "network", "transfer", "cache", "timeouts"}
+    )
+    if role is not None:
+        router = spec.router
+        parts["role"] = dict(spec.roles.items())[role].model_dump(mode="json", exclude={"replicas"})
+        parts["router"] = [router.local_prefill_tokens, router.needs_pages]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plan_rollout(
+    replicas: Sequence[Replica],
+    desired: Mapping[Role, int],
+    versions: Mapping[Role, str],
+) -> list[Action]:
+    """`desired` and `versions`: by role, of the spec's roles; replicas of other roles are
+    drained."""
+    actions: list[Action] = []
+    for role in sorted({*desired, *(replica.role for replica in replicas)}):
+        of_role = [r for r in replicas if r.role == role]
+        wanted = desired.get(role, 0)
+        actions += _plan_role(role, of_role, wanted, versions.get(role, ""))
+    return actions
+
+
+def _plan_role(role: Role, replicas: Sequence[Replica], wanted: int, version: str) -> list[Action]:
+    kept = [r for r in replicas if not r.is_draining]
+    stale = [r for r in kept if r.version != version]
+    current = [r for r in kept if r.version == version]
+    for replica in stale:
+        if not replica.is_running:
+            return [Drain(replica.name, _CHANGED)]
+    coming = [r for r in current if not r.is_running]
+    num_running = len(kept) - len(coming)
+    limit = wanted + (1 if stale and wanted else 0)
+    if len(kept) < wanted:
+        return [Start(role, name) for name in _free_names(role, replicas, wanted - len(kept))]
+    if len(kept) > limit:
+        if coming:
+            return [Drain(coming[-1].name, _FEWER)]
+        return [Drain(_least_useful(stale or current), _CHANGED if stale and wanted else _FEWER)]
+    if not stale:
+        return []
+    # Decode replicas compute prompts themselves where there is no prefill replica.
+    can_spare = num_running > 1 or role == "prefill"
+    if len(kept) > wanted:
+        if num_running > wanted or (can_spare and any(r.finds_no_room for r in coming)):
+            return [Drain(_least_useful(stale), _CHANGED)]
+        return []
+    if coming or len(kept) < len(replicas):
+        return []
+    return [Start(role, name) for name in _free_names(role, replicas, 1)]
+
+
+def _least_useful(replicas: Sequence[Replica]) -> str:
+    """With the fewest requests to move; of those the one that came last."""
+    return min(reversed(replicas), key=lambda replica: replica.num_requests).name
+
+
+def _free_names(role: Role, replicas: Sequence[Replica], count: int) -> list[str]:
+    taken = {replica.name for replica in replicas}
+    names = (f"{role}-{number}" for number in itertools.count())
+    return list(itertools.islice((name for name in names if name not in taken), count))

@@ -1,0 +1,139 @@
+"""Rolling replacement: it ends, and meanwhile as many serve as can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pd.rollout import Drain, Replica, Start, plan_rollout, version_of
+from pd.spec import ClusterSpec
+
+
+def replica(name: str, version: str = "1", **more: object) -> Replica:
+    fields = {"is_running": True, **more}
+    return Replica(name, name.partition("-")[0], version, **fields)  # type: ignore[arg-type]
+
+
+def test_missing_ones_are_started_under_free_names() -> None:
+    there = [replica("decode-1"), replica("decode-2", is_draining=True)]
+    assert plan_rollout(there, {"decode": 3}, {"decode": "1"}) == [
+        Start("decode", "decode-0"),
+        Start("decode", "decode-3"),
+    ]
+
+
+def test_of_too_many_the_one_with_the_fewest_requests_goes_and_starting_ones_first() -> None:
+    there = [replica("decode-0", num_requests=1), replica("decode-1", num_requests=2)]
+    assert plan_rollout(there, {"decode": 1}, {"decode": "1"}) == [
+        Drain("decode-0", "fewer are wanted")
+    ]
+    there.append(replica("decode-2", is_running=False))
+    assert plan_rollout(there, {"decode": 2}, {"decode": "1"}) == [
+        Drain("decode-2", "fewer are wanted")
+    ]
+
+
+def test_roles_that_the_spec_has_no_longer_are_drained() -> None:
+    assert plan_rollout([replica("both-0")], {}, {}) == [Drain("both-0", "fewer are wanted")]
+
+
+def test_the_only_decode_replica_waits_for_room_for_its_successor() -> None:
+    stuck = replica("decode-1", "2", is_running=False, finds_no_room=True)
+    there = [replica("decode-0"), stuck]
+    assert plan_rollout(there, {"decode": 1}, {"decode": "2"}) == []
+    there = [replica("prefill-0"), dataclasses.replace(stuck, name="prefill-1", role="prefill")]
+    (action,) = plan_rollout(there, {"prefill": 1}, {"prefill": "2"})
+    assert action == Drain("prefill-0", "its spec has changed")
+
+
+class World:
+    """Replicas that start and drain when told, in a cluster with room for so many."""
+
+    def __init__(self, running: int, room: int) -> None:
+        self.replicas = {f"decode-{n}": replica(f"decode-{n}") for n in range(running)}
+        self.room = room
+
+    @property
+    def num_serving(self) -> int:
+        return sum(r.is_running and not r.is_draining for r in self.replicas.values())
+
+    def apply(self, action: Start | Drain, version: str) -> None:
+        if isinstance(action, Start):
+            assert action.name not in self.replicas
+            self.replicas[action.name] = replica(action.name, version, is_running=False)
+        else:
+            one = self.replicas[action.name]
+            assert not one.is_draining
+            if one.is_running:
+                self.replicas[action.name] = dataclasses.replace(one, is_draining=True)
+            else:
+                del self.replicas[action.name]
+
+    def advance(self, choice: int) -> None:
+        """One replica that can gets further."""
+        placed = sum(r.is_running for r in self.replicas.values())
+        moving = [r for r in self.replicas.values() if r.is_draining or not r.is_running]
+        if not moving:
+            return
+        one = moving[choice % len(moving)]
+        if one.is_draining:
+            del self.replicas[one.name]
+        elif placed < self.room:
+            self.replicas[one.name] = dataclasses.replace(one, is_running=True)
+        else:
+            self.replicas[one.name] = dataclasses.replace(one, finds_no_room=True)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    running=st.integers(0, 5),
+    wanted=st.integers(0, 5),
+    spare=st.integers(0, 2),
+    choices=st.lists(st.integers(0, 10), max_size=30),
+)
+def test_it_ends_with_what_is_wanted_and_serves_meanwhile(
+    running: int, wanted: int, spare: int, choices: list[int]
+) -> None:
+    world = World(running, max(running, wanted) + spare)
+    least = min(running, wanted)
+    if not spare:
+        least -= least > 1
+    for choice in choices + list(range(200)):
+        actions = plan_rollout(
+            list(world.replicas.values()), {"decode": wanted}, {"decode": "2"}
+        )
+        for action in actions:
+            world.apply(action, "2")
+        assert world.num_serving >= least
+        assert sum(not r.is_draining for r in world.replicas.values()) <= max(running, wanted + 1)
+        world.advance(choice)
+    left = list(world.replicas.values())
+    is_stuck = running == wanted == 1 and not spare
+    if not is_stuck:
+        assert len(left) == wanted
+        assert all(r.version == "2" and r.is_running and not r.is_draining for r in left)
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"roles": {"decode": {"replicas": 3}}}, []),
+        ({"api": {"max_n": 2}}, []),
+        ({"router": {"policy": "prefix"}}, []),
+        ({"router": {"policy": "round_robin"}}, ["prefill", "decode"]),
+        ({"roles": {"decode": {"max_running": 3}}}, ["decode"]),
+        ({"transfer": {"verify": True}}, ["prefill", "decode", None]),
+    ],
+)
+def test_a_version_changes_with_what_its_processes_were_started_with(
+    change: dict[str, dict[str, dict[str, int]]], changed: list[str | None]
+) -> None:
+    base = {"model": {"path": "m"}, "roles": {"prefill": {}, "decode": {}}}
+    roles = {**base["roles"], **change.get("roles", {})}
+    before = ClusterSpec.model_validate(base)
+    after = ClusterSpec.model_validate({**base, **change, "roles": roles})
+    for role in ("prefill", "decode", None):
+        assert (version_of(before, role) != version_of(after, role)) == (role in changed), role
