@@ -8,7 +8,6 @@ import dataclasses
 import faulthandler
 import logging
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -124,9 +123,11 @@ class NodeActor:
         return self._node.make_meeting()
 
     async def start(self, meeting: tuple[str, int] | None = None) -> tuple[Member, ProcessId]:
-        self._watch = asyncio.create_task(self._end_without_controller())
         self._node.meeting = meeting
-        return await self._node.start(), own_id()
+        member = await self._node.start()
+        self._asked = time.monotonic()
+        self._watch = asyncio.create_task(self._end_without_controller())
+        return member, own_id()
 
     async def set_members(self, members: list[Member], reason: str = "") -> None:
         self._asked = time.monotonic()
@@ -197,8 +198,8 @@ class NodeActor:
         with contextlib.suppress(Exception):
             # Nobody else is left to give its resources back.
             remove_placement_group(get_placement_group(self._node.config.replica))
-        if self._node.config.socket_folder:
-            shutil.rmtree(self._node.config.socket_folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are there, or it is tcp
+            os.rmdir(self._node.config.socket_folder)
         os._exit(1)
 
 

@@ -215,13 +215,14 @@ def test_processes_without_a_controller_end(
 ) -> None:
     import ray
 
-    spec = spec_for("orphans", tiny_folder(FAMILY), timeouts={"controller": 3.0})
+    spec = spec_for("orphans", tiny_folder(FAMILY), timeouts={"controller": 12.0})
     before = ray.available_resources()["CPU"]
     with short_folder() as folder:
         cluster = Cluster(spec, folder, ray_head.address).wait_ready()
         pids = [cluster.pid_of(name) for name in (*cluster.replicas, "api-0")]
         below = descendants(cluster.process.pid)
         os.kill(cluster.process.pid, signal.SIGKILL)
+        cluster.process.wait(20)
         for pid in pids:
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"the end of {pid}")
         wait_until(lambda: ray.available_resources()["CPU"] == before, "all CPUs free")

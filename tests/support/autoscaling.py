@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -98,28 +98,15 @@ def _config(port: int, node_types: dict[str, dict[str, Any]], max_workers: int) 
 
 
 class RayClient:
-    """A process that is connected to a Ray head, for pytest's own may be connected to another. Its
-    placement groups have names, and end with it."""
+    """A process that is connected to a Ray head, for pytest's own may be connected to another."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
-    def place(self, name: str, resources: dict[str, float], labels: dict[str, str]) -> None:
-        """Ask for one bundle."""
-        self._call(_place, name, resources, labels)
-
-    def is_placed(self, name: str) -> bool:
-        return bool(self._call(_is_placed, name))
-
-    def remove(self, name: str) -> None:
-        self._call(_remove, name)
-
     def labels(self, key: str) -> list[str]:
         """Of the nodes that live and have it, sorted."""
-        return sorted(each[key] for each in self._call(_labels) if key in each)
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self._pool.submit(function, *arguments).result(timeout=60)
+        nodes = self._pool.submit(_labels).result(timeout=60)
+        return sorted(each[key] for each in nodes if key in each)
 
 
 @contextlib.contextmanager
@@ -128,33 +115,11 @@ def ray_client(address: str) -> Iterator[RayClient]:
         yield RayClient(pool)
 
 
-_groups: dict[str, Any] = {}
-"""In the process of the client."""
-
-
 def _connect(address: str) -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-
-
-def _place(name: str, resources: dict[str, float], labels: dict[str, str]) -> None:
-    from ray.util.placement_group import placement_group
-
-    _groups[name] = placement_group(
-        [resources], strategy="PACK", name=name, bundle_label_selector=[labels]
-    )
-
-
-def _is_placed(name: str) -> bool:
-    return bool(_groups[name].wait(0))
-
-
-def _remove(name: str) -> None:
-    from ray.util.placement_group import remove_placement_group
-
-    remove_placement_group(_groups.pop(name))
 
 
 def _labels() -> list[dict[str, str]]:
