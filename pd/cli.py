@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pd.spec import ClusterSpec, Role
 
 _FOLLOW_S = 0.5
+_SILENT_S = 60.0
+"""Without an answer, before it is given up."""
+_MOST_FAILURES = 3
 
 app = typer.Typer(
     name="pd",
@@ -148,11 +151,18 @@ def _follow(url: str, key: str) -> None:
     from pd.http_client import HttpError, get_json
 
     seen: dict[str, str] | None = None
+    heard = time.monotonic()
     while True:
+        time.sleep(_FOLLOW_S)
         try:
             state = get_json(f"{_base(url)}/admin/status", key)["controller"]
+            heard = time.monotonic()
         except HttpError as error:
-            raise Failure(str(error)) from error
+            if time.monotonic() > heard + _SILENT_S:
+                raise Failure(str(error)) from error
+            continue
+        if not state:  # an API server that has just started
+            continue
         phases = {unit["name"]: unit["phase"] for unit in state["units"]}
         if seen is not None:
             for name in sorted({*phases, *seen}):
@@ -162,7 +172,9 @@ def _follow(url: str, key: str) -> None:
         if state["settled"]:
             print(f"running: {_count_roles(state['units'])}")
             return
-        time.sleep(_FOLLOW_S)
+        failed = [unit["name"] for unit in state["units"] if unit["failures"] >= _MOST_FAILURES]
+        if failed:
+            raise Failure(f"{', '.join(failed)}: cannot be started; pd serve says why")
 
 
 def _count_roles(units: list[dict[str, str]]) -> str:

@@ -96,15 +96,7 @@ class Tick:
 
 
 Event = (
-    Received
-    | StepDone
-    | Written
-    | Digested
-    | PagesCopied
-    | PeerUp
-    | PeerDown
-    | PeerDraining
-    | Tick
+    Received | StepDone | Written | Digested | PagesCopied | PeerUp | PeerDown | PeerDraining | Tick
 )
 
 # ------------------------------------------------------------------------------------------ effects

@@ -431,6 +431,14 @@ class Leader:
         }
         return min(others, key=lambda name: (others[name], name), default="")
 
+    def sources(self) -> set[str]:
+        """Draining replicas from which requests here have yet to get pages."""
+        if not self._draining:
+            return set()
+        waiting = [g for g in self._generations.values() if g.sequence.admitted_at < 0]
+        waiting += [g for g in self._generations.values() if g.sequence in self._receiving]
+        return {g.prefill for g in waiting} & self._draining
+
     def _reserve_waiting(self, now: float) -> None:
         """Reserve pages in turn, while they fit."""
         turns = self.scheduler.turns

@@ -40,6 +40,8 @@ _FEW = 2
 _MAX_KNOWN = 256
 _ASK_AGAIN_S = 1.0
 """After nothing was heard."""
+_serials = itertools.count(1)
+"""Of a process: a router's successor does not take answers for its own that were not."""
 
 
 class _State(enum.Enum):
@@ -88,7 +90,6 @@ class PageMap:
         """To be swept after the present sweep."""
         self._sweeping: list[int] = []
         self._shard_to_sweep = 0
-        self._serials = itertools.count(1)
         self.num_resyncs = 0
         """How often all pages were asked for again."""
 
@@ -184,7 +185,7 @@ class PageMap:
         self._leave_slot(source.filling)
         source.filling = self._take_slot(source.row)
         source.state = _State.ASKED
-        source.serial = next(self._serials)
+        source.serial = next(_serials)
         source.heard_at = now
         source.next_part = 0
         source.gone.clear()

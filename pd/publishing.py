@@ -26,8 +26,8 @@ from pd.spec import CacheEventsSpec, ClusterSpec, SpecError
 
 def process_number(spec: ClusterSpec, name: str) -> int:
     """Of a replica or keeper, counted over the whole cluster: prefill replicas first, then decode,
-    both, and the keepers, each role with `replicas.max` numbers and one for a successor that is started beside
-    them."""
+    both, and the keepers, each role with `replicas.max` numbers and one for a successor that starts
+    beside them."""
     role, _, number = name.rpartition("-")
     before = 0
     for each, role_spec in spec.roles.items():

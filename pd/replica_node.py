@@ -80,6 +80,7 @@ class ReplicaNode(Node):
         self._to_tell: dict[str, list[PeerUp | PeerDown | PeerDraining]] = {}
         """By peer, in order; each waits for a `Flush` of its own."""
         self._is_stopping = False
+        self._cohort = ""
         self._expects_writes = False
         self._events: KvEvents | None = None
         self._feed: PageFeed | None = None
@@ -180,10 +181,11 @@ class ReplicaNode(Node):
         if topology.num_ranks > 1:
             facts |= {"ranks": str(topology), "rank": self._worker.name}
         essence = sorted({**compat, "transfer backend": spec.transfer.backend}.items())
+        self._cohort = hashlib.sha256(repr(essence).encode()).hexdigest()[:16]
         return Member(
             name=self.name,
             role=self.config.role,
-            cohort=hashlib.sha256(repr(essence).encode()).hexdigest()[:16],
+            cohort=self._cohort,
             incarnation=self.incarnation,
             address="",
             compat=compat,
@@ -304,8 +306,7 @@ class ReplicaNode(Node):
 
     def _is_foreign(self, member: Member) -> bool:
         """A replica with which nothing can be handed over, as while a changed spec comes in."""
-        assert self.member is not None
-        return member.is_replica and member.cohort != self.member.cohort
+        return member.is_replica and member.cohort != self._cohort
 
     def member_joined(self, member: Member) -> None:
         if member.role == "rank" or self._is_foreign(member):

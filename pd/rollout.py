@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import pd
 from pd.spec import ClusterSpec, Role
 
 
@@ -53,6 +54,7 @@ def version_of(spec: ClusterSpec, role: Role | None) -> str:
     parts = spec.model_dump(
         mode="json", include={"model", "page_tokens", "network", "transfer", "cache", "timeouts"}
     )
+    parts["build"] = pd.__version__
     if role is not None:
         router = spec.router
         parts["role"] = dict(spec.roles.items())[role].model_dump(mode="json", exclude={"replicas"})
@@ -65,23 +67,32 @@ def plan_rollout(
     desired: Mapping[Role, int],
     versions: Mapping[Role, str],
 ) -> list[Action]:
-    """`desired` and `versions`: by role, of the spec's roles; replicas of other roles are
-    drained."""
+    """`desired` and `versions`: by role, of the spec's roles; replicas of other roles are drained,
+    once one of each role that is wanted runs."""
     actions: list[Action] = []
-    for role in sorted({*desired, *(replica.role for replica in replicas)}):
+    roles = {*desired, *(replica.role for replica in replicas)}
+    if not all(_serves(role, replicas) for role, wanted in desired.items() if wanted):
+        roles -= {replica.role for replica in replicas} - desired.keys()
+    for role in sorted(roles):
         of_role = [r for r in replicas if r.role == role]
         wanted = desired.get(role, 0)
         actions += _plan_role(role, of_role, wanted, versions.get(role, ""))
     return actions
 
 
+def _serves(role: Role, replicas: Sequence[Replica]) -> bool:
+    """Or would, if there were room."""
+    return any(
+        (r.is_running and not r.is_draining) or r.finds_no_room for r in replicas if r.role == role
+    )
+
+
 def _plan_role(role: Role, replicas: Sequence[Replica], wanted: int, version: str) -> list[Action]:
     kept = [r for r in replicas if not r.is_draining]
     stale = [r for r in kept if r.version != version]
     current = [r for r in kept if r.version == version]
-    for replica in stale:
-        if not replica.is_running:
-            return [Drain(replica.name, _CHANGED)]
+    if absent := [replica for replica in stale if not replica.is_running]:
+        return [Drain(replica.name, _CHANGED) for replica in absent]
     coming = [r for r in current if not r.is_running]
     num_running = len(kept) - len(coming)
     limit = wanted + (1 if stale and wanted else 0)

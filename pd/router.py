@@ -11,7 +11,9 @@ By the policy `cost` a request goes where it is expected to take the least time:
     prefill    (tokens waiting there + its own that are not cached there + those of others that
                will have to be computed again, for their pages are evicted) / measured speed
     transfer   its tokens that the decode replica lacks x measured seconds for each
-    decode     requests there x the seconds by which each makes a step longer x steps of a request
+    decode     requests there x the seconds by which each makes a step longer (its own or the mean,
+               whichever is more) x steps of a request, and as much of a request's time as its
+               tokens and those that wait before it lack pages, of those in use
 
 Of what is evicted as much is needed again as of all prompts was cached; free pages cost nothing, so
 that requests with a common beginning do not crowd where that is while other caches are empty.
@@ -267,6 +269,8 @@ class Router:
         pages = zip(load.pages_free, load.pages_cached, load.pages_used, strict=False)
         room = float(max(map(sum, pages), default=0) * self._page_tokens)
         table.free[row] = max(load.pages_free, default=0) * self._page_tokens
+        unused = map(sum, zip(load.pages_free, load.pages_cached, strict=False))
+        table.available[row] = max(unused, default=0) * self._page_tokens
         if not state.draining:
             self._candidates(state.role).room += room - table.room[row]
         table.room[row] = room
@@ -301,13 +305,13 @@ class Router:
         self, num_requests: int, tenant: str = "", priority: int = 0, now: float = 0.0
     ) -> None:
         """Raise Overloaded where `admit` would, so that no work is done for what it will refuse."""
-        self.admission.check_room(num_requests, tenant, priority, now)
+        self.admission.check_room(num_requests, tenant, self._class(priority), now)
 
     def admit(
         self, num_requests: int, tenant: str = "", priority: int = 0, now: float = 0.0
     ) -> None:
         """Count `num_requests` as in flight until `release`, or raise Overloaded and count none."""
-        self.admission.admit(num_requests, tenant, priority, now)
+        self.admission.admit(num_requests, tenant, self._class(priority), now)
 
     def release(self, tenant: str = "", now: float = 0.0) -> None:
         """One admitted request has ended."""
@@ -370,6 +374,7 @@ class Router:
         """
         if not len(self._pairs) and not len(self._alone):
             raise NoReplica("decode")
+        priority = self._class(priority)
         missing = self._missing(num_prompt_tokens, page_hashes)
         if beside is not None and self._takes_requests(beside):
             decode = self._replicas[beside.decode].row
@@ -384,6 +389,14 @@ class Router:
         if prefill is not None:
             self._count(prefill, priority, float(missing[prefill]), True)
         return Placement(self._name(decode), self._name(prefill) if prefill is not None else "")
+
+    def _class(self, priority: int) -> int:
+        """Of one that was known before a reload the lowest."""
+        return min(priority, len(self._slack) - 1)
+
+    def most(self, priority: int) -> int:
+        """Requests of this class that fit, where there are no others."""
+        return self.admission.most(self._class(priority))
 
     def _takes_requests(self, placement: Placement) -> bool:
         states = map(self._replicas.get, filter(None, (placement.decode, placement.prefill)))
@@ -426,7 +439,14 @@ class Router:
         table = self._table
         work = table.tokens[priority] + missing
         work += self._hits.mean(0.0) * np.maximum(missing - table.free, 0.0)
-        slowdown = table.requests * (table.slowdown.or_mean(0.0) * self._outputs.mean(1.0))
+        outputs = self._outputs.mean(1.0)
+        slopes = table.slowdown.or_mean(0.0)
+        # A replica's own is noisy: one near 0 would make it look free, however many are there.
+        slowdown = table.requests * np.maximum(slopes, table.slowdown.mean(0.0)) * outputs
+        # Others must end before there are pages for it.
+        lacks = np.maximum(table.tokens[priority] + missing - table.available, 0.0)
+        in_use = np.maximum(table.room - table.available, 1.0)
+        slowdown += (table.room > 0) * lacks / in_use * self._token_s() * outputs
         compute = work / table.speed.or_mean(1.0)
         return self._cheapest(self._pairs, self._alone, missing, compute, slowdown)
 
@@ -493,6 +513,7 @@ class Router:
         state.placed_requests += 1
         table.requests[row] += 1
         table.free[row] -= missing
+        table.available[row] -= missing
         if computes:
             state.placed_tokens += int(missing)
             table.tokens[priority:, row] += missing
@@ -553,6 +574,8 @@ class _Table:
         """Seconds that a step would take without requests."""
         self.room = np.zeros(num_rows)
         """Tokens."""
+        self.available = np.zeros(num_rows)
+        """Of them, those that are free or cached, less what was placed since."""
         self.free = np.zeros(num_rows)
         """Of them, where nothing is cached; below 0 where it will be evicted."""
         self.recent = np.zeros(num_rows)
@@ -578,7 +601,8 @@ class _Table:
             values[row] = 0.0
 
     def _vectors(self) -> list[_Floats]:
-        return [self.requests, *self.tokens, self.room, self.free, self.recent, self.tie]
+        of_pages = [self.room, self.free, self.available]
+        return [self.requests, *self.tokens, *of_pages, self.recent, self.tie]
 
     def _measured(self) -> list[_Measured]:
         return [self.speed, self.slowdown, self.step]
@@ -601,6 +625,9 @@ class _Measured:
             self._filled[row] = value
         elif was_known or value > 0:
             self._filled = None
+
+    def mean(self, unknown: float) -> float:
+        return float(self.values.sum() / self.num_known) if self.num_known else unknown
 
     def or_mean(self, unknown: float) -> _Floats:
         """For unknown ones the mean of the others, as it was when one became known or unknown; or

@@ -254,7 +254,7 @@ class _Server:
 
     def _check_room(self, num_prompts: int, n: int, whose: tuple[str, int]) -> None:
         router = self._client.router
-        if num_prompts * n > (most := router.admission.most(whose[1])):
+        if num_prompts * n > (most := router.most(whose[1])):
             raise bad_request(
                 f"{num_prompts} prompts with n {n} are {num_prompts * n} requests; expected at "
                 f"most {most}",

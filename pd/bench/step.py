@@ -76,7 +76,7 @@ _ROOM = 0.85
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOptions:
     shape: str = "qwen3-8b"
-    topology: Topology = Topology()
+    topology: Topology = Topology()  # noqa: RUF009 (frozen)
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     page_tokens: int = 64

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.placement_group import get_placement_group, remove_placement_group
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
+import pd
 from pd.api.node import ApiNode
 from pd.cache_node import CacheNode
 from pd.messages import ReplicaLoad
@@ -75,6 +76,8 @@ class Report(NamedTuple):
     refused: int
     """Requests, by an API server since it started."""
     orders: list[Order]
+    sources: set[str]
+    """Draining replicas that its requests have yet to get pages from."""
 
 
 class Description(NamedTuple):
@@ -86,6 +89,8 @@ class Description(NamedTuple):
     process_id: ProcessId
     is_draining: bool
     controller: ProcessId
+    build: str
+    """PageRelay's version."""
 
 
 class Superseded(Exception):
@@ -114,6 +119,8 @@ class NodeActor:
             node = RankNode
         self._node = node(dataclasses.replace(config, host=host))
         self._controller = controller
+        self._adopted = asyncio.Event()
+        """Set when another controller comes."""
         self._asked = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
 
@@ -124,15 +131,17 @@ class NodeActor:
 
     async def start(self, meeting: tuple[str, int] | None = None) -> tuple[Member, ProcessId]:
         self._node.meeting = meeting
-        member = await self._node.start()
-        self._asked = time.monotonic()
-        self._watch = asyncio.create_task(self._end_without_controller())
-        return member, own_id()
+        try:
+            return await self._node.start(), own_id()
+        finally:
+            self._asked = time.monotonic()
+            self._watch = asyncio.create_task(self._end_without_controller())
 
-    async def set_members(self, members: list[Member], reason: str = "") -> None:
+    async def set_members(self, own: list[Member], others: list[Member], reason: str) -> None:
+        """`own`: the other ranks of its replica."""
         self._asked = time.monotonic()
         try:
-            self._node.set_members(members, reason)
+            self._node.set_members([*own, *others], reason)
         except Exception as error:  # a node in doubt about its peers ends; `report` says why
             self._node.failure = f"{type(error).__name__}: {error}"
             raise
@@ -152,16 +161,20 @@ class NodeActor:
             load,
             refused,
             node.take_orders(),
+            node.leader.sources() if isinstance(node, ReplicaNode) and node.member else set(),
         )
 
     async def describe(self) -> Description:
         node = self._node
-        return Description(node.config, node.member, own_id(), node.is_draining, self._controller)
+        facts = node.is_draining, self._controller, pd.__version__
+        return Description(node.config, node.member, own_id(), *facts)
 
     async def adopt(self, controller: ProcessId) -> None:
         """From now on it obeys this one."""
         self._controller = controller
         self._asked = time.monotonic()
+        self._adopted.set()
+        self._adopted = asyncio.Event()
 
     async def set_spec(self, spec: ClusterSpec) -> None:
         """Of an API server: what it can change while it serves."""
@@ -182,8 +195,8 @@ class NodeActor:
         return self._node.check()
 
     async def ended(self) -> None:
-        """Returns never; its reference fails when the process dies."""
-        await asyncio.Event().wait()
+        """Returns when another controller has adopted the process; fails when it dies."""
+        await self._adopted.wait()
 
     async def stop(self) -> None:
         await self._node.stop()
@@ -195,9 +208,9 @@ class NodeActor:
         log.error("%s ends: no controller for %g s", self._node.name, limit)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._node.stop(), self._node.spec.timeouts.stop)
-        with contextlib.suppress(Exception):
-            # Nobody else is left to give its resources back.
-            remove_placement_group(get_placement_group(self._node.config.replica))
+        if (group := get_current_placement_group()) is not None:
+            with contextlib.suppress(Exception):  # nobody else is left to give its resources back
+                remove_placement_group(group)
         with contextlib.suppress(OSError):  # others are there, or it is tcp
             os.rmdir(self._node.config.socket_folder)
         os._exit(1)

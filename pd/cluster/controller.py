@@ -25,7 +25,7 @@ import ray
 from pd.cluster.actor import Report
 from pd.cluster.launcher import Launcher, Network, Progress, is_alive
 from pd.cluster.unit import Phase, Process, StartError, Unit
-from pd.node import Member, Order
+from pd.node import Order
 from pd.planner import Observed, Planner, bounds_of
 from pd.rollout import Drain, Replica, Start, plan_rollout, version_of
 from pd.spec import ClusterSpec, Role, SpecError, parse_spec, replica_role
@@ -69,6 +69,8 @@ class Controller:
         self._launcher = Launcher(progress, outlives=bool(os.environ.get("RAY_ADDRESS")))
         self._units: list[Unit] = []
         self._is_starting = True
+        self._has_joined = False
+        """A unit that the others have not been told of."""
         self._is_connected = False
         self._by_hand: set[str] = set()
         """Replicas that somebody wants replaced."""
@@ -112,26 +114,27 @@ class Controller:
     def _adopt(self, namespace: str, replace: bool) -> None:
         limit = self.spec.timeouts.heartbeat
         found = self._launcher.find(namespace, limit)
-        controllers = {each.controller for each in found.values() if each is not None}
-        if any(is_alive(controller, limit) for controller in controllers):
+        known = [each for each in found.values() if each is not None]
+        if any(is_alive(controller, limit) for controller in {each.controller for each in known}):
             raise StartError(
                 f"name: a cluster {self.spec.name!r} is already running on this Ray cluster; "
                 "stop it, or choose another name"
             )
-        if not found:
-            self._launcher.network = Network.choose(self.spec)
-            return
-        self._units = self._launcher.adopt(found, limit)
-        if replace:
-            self._progress(f"ending {len(found)} processes that an earlier controller left")
+        if known and not replace and (problems := _fixed_problems(known[0].config.spec, self.spec)):
+            raise StartError(f"{problems}; --replace ends what an earlier controller has left")
+        self._units = self._launcher.adopt(found, self.spec, limit)
+        if replace and self._units:
+            self._progress(f"ending {len(found)} processes that an earlier controller has left")
             self._end_all()
             for unit in self._units:
-                self._launcher.end(unit, limit)
+                if not self._launcher.end(unit, limit):
+                    raise StartError(f"{unit.name}: not known to be dead yet")
             self._units = []
+            self._launcher.network.clean()
             self._launcher.network = Network.choose(self.spec)
-            return
-        names = ", ".join(unit.name for unit in self._units)
-        self._progress(f"adopted {names or 'nothing'} of an earlier controller")
+        if self._units:
+            names = ", ".join(unit.name for unit in self._units)
+            self._progress(f"adopted {names} of an earlier controller")
 
     def start(self, folder: Path) -> None:
         """Bring up what is missing, with the model in `folder`, and introduce all processes to each
@@ -140,15 +143,16 @@ class Controller:
         kept = [u.role for u in self._units if u.is_replica and not u.is_draining]
         self._use(self.spec, {role: kept.count(role) for role in self._desired})
         # What serves already is not ended because something else cannot start.
-        self._is_starting = not kept
+        self._is_starting = not self._units
         if not any(unit.role is None for unit in self._units):
             self._units.append(Unit("api-0", None))
         self._reconcile()
+        adopted = self._api_processes()
         while not self._is_ready():
             self.watch_once()
         self._is_starting = False
         self._announce("")
-        for process in self._api_processes():
+        for process in adopted:
             process.actor.set_spec.remote(self.spec)
 
     def _is_ready(self) -> bool:
@@ -176,6 +180,8 @@ class Controller:
                 self._drain_further(unit)
             elif not unit.is_running:
                 self._restore(unit)
+        if self._has_joined:
+            self._announce("")
         self._tell_state()
 
     def _watch(self) -> None:
@@ -189,7 +195,8 @@ class Controller:
             time.sleep(wait_s)
         for unit in running:
             for process in unit.processes:
-                reason = _DIED if process.ended in ended else self._health(process)
+                has_died = process.ended in ended and self._has_died(process)
+                reason = _DIED if has_died else self._health(unit, process)
                 if reason:
                     self._remove(unit, *self._culprit(unit, process, reason))
                     break
@@ -203,29 +210,46 @@ class Controller:
                     return each, _DIED
         return process, reason
 
-    def _health(self, process: Process) -> str:
+    def _has_died(self, process: Process) -> bool:
+        """Raises TakenOverError."""
+        try:
+            ray.get(process.ended)
+        except ray.exceptions.RayError:
+            return True
+        raise self._taken_over()
+
+    def _taken_over(self) -> TakenOverError:
+        self.leave()
+        return TakenOverError("another controller has taken over")
+
+    def _ask(self, process: Process) -> None:
+        process.report = process.actor.report.remote(self._launcher.id)
+        process.report_asked = time.monotonic()
+
+    def _health(self, unit: Unit, process: Process) -> str:
         """Why the process must end, or nothing."""
         now = time.monotonic()
         if process.report is None:
-            process.report = process.actor.report.remote(self._launcher.id)
-            process.report_asked = now
+            self._ask(process)
             return ""
         ready, _ = ray.wait([process.report], timeout=0)
         if not ready:
             silent = now - process.report_asked
             limit = self.spec.timeouts.heartbeat
             return f"it has not answered for {silent:.0f} s" if silent > limit else ""
-        reference, process.report = process.report, None
+        reference = process.report
+        self._ask(process)
         try:
             report: Report = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if type(error.cause).__name__ == "Superseded":
-                self._units, self._launcher.network = [], Network()  # not ours to end
-                raise TakenOverError("another controller has taken over") from error
+                raise self._taken_over() from error
             return f"it cannot say how it is: {error.cause}"
         except ray.exceptions.RayError as error:
             return f"its process died: {type(error).__name__}"
         process.last_report = report
+        if process.rank == 0:
+            unit.idle_reports = unit.idle_reports + 1 if report.is_idle else 0
         if report.silent:
             self._progress(f"{process.name}: hears nothing from {', '.join(report.silent)}")
         for order in report.orders:
@@ -237,7 +261,7 @@ class Controller:
         if where and not reason.startswith("rank "):
             reason = f"{where}: {reason}"
         self._progress(f"{unit.name}: gone: {reason}")
-        if self._is_starting and not unit.was_running:
+        if self._is_starting:
             raise StartError(f"{unit.name}: gone: {reason}")
         if time.monotonic() - unit.since > _STABLE_S:
             unit.failures = 0
@@ -272,8 +296,10 @@ class Controller:
                     self._check_compatible(unit)
                     self._joined(unit, missing)
         except (StartError, SpecError, ValueError, ray.exceptions.RayError) as error:
-            if self._is_starting:
+            if self._is_starting and isinstance(error, StartError | SpecError):
                 raise
+            if self._is_starting:
+                raise StartError(f"{unit.name}: {error}") from error
             self._progress(f"{unit.name}: cannot be started: {error}")
             self._end(unit)
 
@@ -282,7 +308,7 @@ class Controller:
         unit.phase, unit.was_running = Phase.RUNNING, True
         if self._is_starting:
             return
-        self._announce("")
+        self._has_joined = True
         self._progress(f"{unit.name}: {what}")
         if unit.role is None:
             for process in unit.processes:
@@ -330,7 +356,14 @@ class Controller:
         elsewhere. A replica's further ranks hear of it before, and know their leader alone."""
         if self._is_starting:
             return
+        self._has_joined = False
         running = [unit for unit in self._units if unit.is_running]
+        firsts_of_all = ray.put(
+            [
+                msgspec.structs.replace(unit.members[0], draining=unit.is_draining)
+                for unit in running
+            ]
+        )
         apis = [unit for unit in running if unit.role is None]
         others = [unit for unit in running if unit.role is not None]
         ranks = [(unit, process) for unit in others for process in unit.processes[1:]]
@@ -338,7 +371,9 @@ class Controller:
         turns = [ranks, firsts, [(unit, unit.processes[0]) for unit in apis]]
         for turn in reversed(turns) if reason else turns:
             told = [
-                process.actor.set_members.remote(_known_to(unit, process, running), reason)
+                process.actor.set_members.remote(unit.members[:1], [], reason)
+                if process.rank
+                else process.actor.set_members.remote(unit.members[1:], firsts_of_all, reason)
                 for unit, process in turn
             ]
             if told:
@@ -356,8 +391,9 @@ class Controller:
         seen = {}
         for unit in self._units:
             report = unit.processes[0].last_report if unit.is_running else None
-            if unit.is_replica and report is not None and report.load is not None:
-                seen[unit.name] = Observed(replica_role(unit.role), report.load, unit.is_draining)
+            role = replica_role(unit.role) if unit.is_replica else None
+            if role in self._desired and report is not None and report.load is not None:
+                seen[unit.name] = Observed(role, report.load, unit.is_draining)
         self._planner.observe(seen, now, self._newly_refused())
         wanted = self._planner.desired(now)
         if wanted != self._desired:
@@ -372,7 +408,7 @@ class Controller:
         for process in self._api_processes():
             if process.last_report is not None:
                 now = process.last_report.refused
-                total += max(now - self._refused.get(process.name, 0), 0)
+                total += max(now - self._refused.get(process.name, now), 0)
                 self._refused[process.name] = now
         return total
 
@@ -383,7 +419,7 @@ class Controller:
             match action:
                 case Start(role, name):
                     unit = Unit(name, role, version=self._versions[role], since=now)
-                    self._units.insert(0, unit)
+                    self._units.append(unit)
                 case Drain(name, reason):
                     unit = next(each for each in self._units if each.name == name)
                     self._begin_draining(unit, reason)
@@ -406,16 +442,19 @@ class Controller:
     def _place_keepers(self) -> None:
         """One for each node that has replicas, of this version once no replica is of another."""
         replicas = [unit for unit in self._units if unit.is_replica]
-        if not all(unit.phase in (Phase.STARTING, Phase.RUNNING) for unit in replicas):
-            if self._is_starting:
-                return
-            replicas = [unit for unit in replicas if unit.is_running]
+        placed = [unit for unit in replicas if unit.phase in (Phase.STARTING, Phase.RUNNING)]
         nodes: dict[str, None] = {}
+        wanted: dict[str, None] = {}
         if self.spec.cache.host is not None:
+            # A replica that is away comes back where it was, if it can.
             nodes = {node: None for unit in replicas for node in unit.nodes}
+            wanted = {node: None for unit in placed for node in unit.nodes}
         version = version_of(self.spec, None)
         keepers = {unit.nodes[0]: unit for unit in self._units if unit.role == "cache"}
-        for node, keeper in keepers.items():
+        if not all(keeper.is_running for keeper in keepers.values()):
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            nodes = {node: None for node in nodes if node in alive}
+        for node, keeper in list(keepers.items()):
             is_stale = keeper.version != version and all(map(self._is_wanted, replicas))
             if node not in nodes or is_stale:
                 keeper.draining_since = time.monotonic()
@@ -423,9 +462,10 @@ class Controller:
                 self._progress(f"{keeper.name}: ends: {reason}")
                 if self._end(keeper):
                     self._announce("it was ended")
+                    del keepers[node]
         taken = {unit.name for unit in self._units}
-        for node in nodes:
-            if node not in {unit.nodes[0] for unit in self._units if unit.role == "cache"}:
+        for node in wanted:
+            if node not in keepers:
                 number = next(n for n in range(len(taken) + 1) if f"cache-{n}" not in taken)
                 taken.add(f"cache-{number}")
                 self._units.append(Unit(f"cache-{number}", "cache", (node,), version))
@@ -439,8 +479,8 @@ class Controller:
         self._progress(f"{unit.name}: {'drains' if is_running else 'ends'}: {reason}")
         if is_running:
             self._announce("")
-            for process in unit.processes:
-                process.report = process.last_report = None
+            self._ask(unit.processes[0])  # what it was asked for before does not count
+            unit.idle_reports = 0
         else:
             self._end(unit)
 
@@ -450,20 +490,22 @@ class Controller:
             self._end(unit)  # again
             return
         assert unit.draining_since is not None
-        process = unit.processes[0]
-        report, process.last_report = process.last_report, None
-        if report is not None:
-            unit.idle_reports = unit.idle_reports + 1 if report.is_idle else 0
         took = time.monotonic() - unit.draining_since
-        if unit.idle_reports < _IDLE_REPORTS and took < self.spec.timeouts.drain:
+        is_done = unit.idle_reports >= _IDLE_REPORTS and not self._is_source(unit.name)
+        if not is_done and took < self.spec.timeouts.drain:
             return
-        if unit.idle_reports < _IDLE_REPORTS:
+        if not is_done:
             self._progress(f"{unit.name}: is still busy after {took:.0f} s (timeouts.drain)")
         stopping = [each.actor.stop.remote() for each in unit.processes]
         ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
         if self._end(unit):
             self._announce("it was drained")
             self._progress(f"{unit.name}: ended, drained after {took:.1f} s")
+
+    def _is_source(self, name: str) -> bool:
+        """Whether pages there are still wanted elsewhere."""
+        reports = (unit.processes[0].last_report for unit in self._units if unit.is_running)
+        return any(name in report.sources for report in reports if report is not None)
 
     # --------------------------------------------------------------------------------------- orders
 
@@ -490,7 +532,8 @@ class Controller:
 
     def _replace(self, name: str) -> None:
         """Raises SpecError."""
-        names = sorted(unit.name for unit in self._units if unit.is_replica and unit.is_running)
+        replicas = [unit for unit in self._units if unit.is_replica and unit.is_running]
+        names = sorted(unit.name for unit in replicas if not unit.is_draining)
         if name not in names:
             raise SpecError(f"replica: found {name!r}, expected one of {', '.join(names)}")
         self._by_hand.add(name)
@@ -501,15 +544,9 @@ class Controller:
         spec = parse_spec(text, "spec")
         kept = {key: getattr(self.spec.api, key) for key in ("host", "port", "replicas")}
         spec = spec.model_copy(update={"api": spec.api.model_copy(update=kept)})
+        if problems := _fixed_problems(self.spec, spec):
+            raise SpecError(problems)
         before, after = self.spec.model_dump(mode="json"), spec.model_dump(mode="json")
-        problems = [
-            f"{path}: found {_at(after, path)!r}, expected {_at(before, path)!r}: it cannot change "
-            "while the cluster runs"
-            for path in _FIXED
-            if _at(before, path) != _at(after, path)
-        ]
-        if problems:
-            raise SpecError("; ".join(problems))
         changes = sorted(_differences(before, after))
         old = self._versions
         self._use(spec, self._desired)
@@ -548,9 +585,12 @@ class Controller:
         """Nothing is missing, stale or draining."""
         if any(unit.is_draining or not unit.is_running for unit in self._units) or self._by_hand:
             return False
-        keepers = (unit for unit in self._units if unit.role == "cache")
-        is_current = all(unit.version == version_of(self.spec, None) for unit in keepers)
-        return is_current and all(map(self._is_wanted, self._units))
+        version = version_of(self.spec, None)
+        if any(unit.role == "cache" and unit.version != version for unit in self._units):
+            return False
+        roles = [unit.role for unit in self._units if unit.is_replica]
+        is_complete = all(roles.count(role) == count for role, count in self._desired.items())
+        return is_complete and all(map(self._is_wanted, self._units))
 
     # ----------------------------------------------------------------------------------------- stop
 
@@ -563,6 +603,15 @@ class Controller:
         self._units = []
         self._launcher.network.clean()
 
+    def leave(self) -> None:
+        """Without ending anything; another controller may adopt it."""
+        self._units, self._launcher.network = [], Network()
+
+    @property
+    def is_serving(self) -> bool:
+        """On a cluster that outlives this process, so that another controller can go on."""
+        return self._launcher.outlives and not self._is_starting
+
     def _end_all(self) -> None:
         actors = [p.actor for unit in self._units for p in unit.processes if p.actor is not None]
         stopping = [actor.stop.remote() for actor in actors]
@@ -572,15 +621,15 @@ class Controller:
             self._launcher.kill(unit)
 
 
-def _known_to(unit: Unit, process: Process, running: list[Unit]) -> list[Member]:
-    """Further ranks know their leader; leaders their ranks, before all others; and all know the
-    other units."""
-    if process.rank:
-        return unit.members[:1]
-    firsts = (
-        msgspec.structs.replace(other.members[0], draining=other.is_draining) for other in running
+def _fixed_problems(before: ClusterSpec, after: ClusterSpec) -> str:
+    """What differs and must not; empty: nothing."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return "; ".join(
+        f"{path}: found {_at(new, path)!r}, expected {_at(old, path)!r}: it cannot change while "
+        "the cluster runs"
+        for path in _FIXED
+        if _at(old, path) != _at(new, path)
     )
-    return [*unit.members[1:], *firsts]
 
 
 def _at(spec: dict[str, Any], path: str) -> Any:

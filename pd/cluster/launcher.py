@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+import pd
 from pd.cluster.actor import (
     Description,
     NodeActor,
@@ -93,6 +94,7 @@ class Launcher:
         self.folder = Path()
         """Of the model."""
         self._progress = progress
+        self.outlives = outlives
         self._lifetime = "detached" if outlives else None
 
     def connected(self) -> None:
@@ -111,10 +113,13 @@ class Launcher:
             if self.network.socket_folder:
                 labels["ray.io/node-id"] = ray.get_runtime_context().get_node_id()
             self._progress(f"{unit.name}: waiting for resources")
+            name = _group_name(spec, unit.name)
+            with contextlib.suppress(ValueError):  # of one that died while there was no controller
+                remove_placement_group(get_placement_group(name))
             unit.group = placement_group(
                 [bundle] * count,
                 strategy="PACK",
-                name=unit.name,
+                name=name,
                 lifetime=self._lifetime,
                 **({"bundle_label_selector": [labels] * count} if labels else {}),
             )
@@ -165,7 +170,8 @@ class Launcher:
             }
         else:
             # An API server goes beside the controller: its port is on this host.
-            node = unit.nodes[0] if unit.nodes else ray.get_runtime_context().get_node_id()
+            is_keeper = unit.role == "cache"
+            node = unit.nodes[0] if is_keeper else ray.get_runtime_context().get_node_id()
             options |= {"num_cpus": 0, "scheduling_strategy": _on_node(node)}
         environment = {**_PROCESS_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
         if self.network.socket_folder:
@@ -249,24 +255,31 @@ class Launcher:
                 found[name] = None
         return found
 
-    def adopt(self, found: dict[str, Description | None], limit_s: float) -> list[Unit]:
-        """What can be taken over runs on; the rest is ended."""
+    def adopt(
+        self, found: dict[str, Description | None], spec: ClusterSpec, limit_s: float
+    ) -> list[Unit]:
+        """What can be taken over runs on; the rest is ended. Raises StartError."""
+        network = None
         by_unit: dict[str, dict[int, tuple[str, Description]]] = {}
         for name, described in found.items():
             if described is None:
-                ray.kill(ray.get_actor(name))
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(name))
                 continue
             unit_name = described.config.replica or name
             by_unit.setdefault(unit_name, {})[described.config.rank] = name, described
         units = []
         for unit_name, processes in sorted(by_unit.items()):
             first = next(iter(processes.values()))[1].config
-            self.network = Network(first.socket_folder, first.curve)
+            network = Network(first.socket_folder, first.curve)
             unit = Unit(unit_name, first.role)
             role = replica_role(unit.role) if unit.is_replica else None
             unit.version = version_of(first.spec, role)
             for rank, (name, described) in sorted(processes.items()):
-                process = Process(name, rank, ray.get_actor(name))
+                try:
+                    process = Process(name, rank, ray.get_actor(name))
+                except ValueError:  # it has died since it was found
+                    continue
                 process.member, process.process_id = described.member, described.process_id
                 unit.processes.append(process)
                 if described.is_draining:
@@ -274,13 +287,24 @@ class Launcher:
                 unit.nodes = (described.process_id.node,)
             if unit.is_replica:
                 with contextlib.suppress(ValueError):  # it is gone, and its processes will be
-                    unit.group = get_placement_group(unit_name)
+                    unit.group = get_placement_group(_group_name(spec, unit_name))
                     unit.nodes = _nodes_of(unit.group)
-            if self._take_over(unit, first.spec, limit_s):
+            builds = {described.build for _, described in processes.values()}
+            if builds == {pd.__version__} and self._take_over(unit, first.spec, limit_s):
                 units.append(unit)
             elif not self.end(unit, limit_s):
                 raise StartError(f"{unit_name}: not known to be dead yet")
+        self.network = network if units and network is not None else Network.choose(spec)
+        self._remove_groups(spec, {_group_name(spec, unit.name) for unit in units})
         return units
+
+    def _remove_groups(self, spec: ClusterSpec, kept: set[str]) -> None:
+        """Of replicas that died, or were not there yet, while there was no controller."""
+        for each in placement_group_table().values():
+            name = each["name"]
+            if name.startswith(_group_name(spec, "")) and name not in kept:
+                with contextlib.suppress(ValueError):
+                    remove_placement_group(get_placement_group(name))
 
     def _take_over(self, unit: Unit, spec: ClusterSpec, limit_s: float) -> bool:
         count = role_spec(unit, spec).topology.num_ranks if unit.is_replica else 1
@@ -318,6 +342,10 @@ class Launcher:
                 ray.kill(process.actor)
         if unit.group is not None:
             remove_placement_group(unit.group)
+
+
+def _group_name(spec: ClusterSpec, unit: str) -> str:
+    return f"pagerelay/{spec.name}/{unit}"
 
 
 def role_spec(unit: Unit, spec: ClusterSpec) -> RoleSpec:

@@ -60,6 +60,10 @@ def serve(
     except Interrupted as name:
         progress(f"{name}: stopping")
         return str(name)
+    except Exception:
+        if controller.is_serving:  # that a controller fails is no reason to end what serves
+            controller.leave()
+        raise
     finally:
         controller.stop()
         signals.restore()

@@ -381,12 +381,14 @@ def _attend_on_gpu(
     if gather.mask is None:
         if gather.is_causal and _CUDNN_TOKENS <= count == num_keys and _has_cudnn(query, value):
             return _cudnn(query, key, value, scaling)
-        is_causal = gather.is_causal
-        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, grouped)
+        # Asked whether it may be causal, torch says no for more keys than queries, as its own mask
+        # would begin with the first key; this kernel's ends with the last.
+        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, grouped)
         if torch.backends.cuda.can_use_flash_attention(params):
-            # Its causal mask ends with the last key.
             flash = torch.ops.aten._scaled_dot_product_flash_attention
-            out: torch.Tensor = flash(query, key, value, 0.0, is_causal, False, scale=scaling)[0]
+            out: torch.Tensor = flash(
+                query, key, value, 0.0, gather.is_causal, False, scale=scaling
+            )[0]
             return out
     bias = gather.bias(query, num_keys) if gather.is_causal or gather.mask is not None else None
     if grouped:  # else every score would be written down

@@ -22,8 +22,8 @@ def fuse_norms(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         epsilon = _epsilon(module)
-        if epsilon is not None and _is_plain(type(module), epsilon):
-            module.forward = functools.partial(_normed, module, epsilon)  # type: ignore[method-assign]
+        if epsilon is not None and _is_plain(type(module), epsilon):  # type: ignore[arg-type]
+            module.forward = functools.partial(_normed, module, epsilon)
             count += 1
     return count
 

@@ -173,10 +173,10 @@ def fit(columns: Mapping[str, Sequence[float]], seconds: Sequence[float]) -> dic
     """Coefficients, none below 0, of seconds as a sum of columns; relative errors count, so that
     short times are fitted as well as long ones. Raises ValueError for fewer times than columns, and
     for a time of 0."""
-    if min(seconds, default=0.0) <= 0:
-        raise ValueError("a time is 0")
     if len(seconds) < len(columns):
         raise ValueError(f"{len(seconds)} times for {len(columns)} coefficients")
+    if min(seconds) <= 0:
+        raise ValueError("a time is 0")
     times = np.array(seconds, np.float64)
     matrix = np.array(list(columns.values()), np.float64).T / times[:, None]
     active = list(range(len(columns)))

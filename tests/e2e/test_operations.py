@@ -166,9 +166,10 @@ def test_what_cannot_be_done_is_refused(cluster: Cluster) -> None:
     done = pd(cluster, "reload", write(cluster, {**cluster.spec, "page_tokens": 16}))
     assert done.returncode == 1
     assert "page_tokens: found 16, expected 8" in done.stderr
+    url = f"{cluster.url}/admin/reload"
     for body, status in (({"spec": {"roles": {}}}, 409), ({"spec": 1}, 400), ({}, 400)):
-        answer = cluster.post("/admin/reload", **body, model=None)
-        assert answer.status_code in (status, 400), answer.text
+        answer = requests.post(url, json=body, timeout=30)
+        assert answer.status_code == status, answer.text
     assert cluster.get("/admin/status").json()["controller"] == before
 
 

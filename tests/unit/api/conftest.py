@@ -115,7 +115,7 @@ class FakeLeaders:
         return tokens[: sampling.max_tokens]
 
     def _step(self, replica: str, generate: Generate, tokens: list[int], start: int) -> None:
-        if generate.request_id in self.aborted_ids():
+        if (replica, Abort(generate.request_id)) in self.received:
             return
         part = tokens[start : start + self.group]
         end = start + len(part)

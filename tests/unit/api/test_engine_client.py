@@ -22,7 +22,8 @@ from pd.messages import (
     split_hashes,
     unpack_ints,
 )
-from pd.router import NoReplica, Overloaded
+from pd.router import NoReplica, Overloaded, Router
+from pd.spec import PrioritySpec
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0)
@@ -154,6 +155,62 @@ def test_a_request_goes_on_where_its_decode_replica_left_it(
         num_late = client.counters.late_outputs
         client.on_message(lost, Outputs((late,)))
         assert client.counters.late_outputs == num_late + 1
+        client.check_integrity()
+
+    run(body())
+
+
+def test_a_draining_replica_hands_its_requests_over(engine_client: Make, leaders: Any) -> None:
+    """It is named as the one that prefills; one of another cohort computes all anew."""
+
+    async def body(cohort: str, source: str) -> None:
+        leaders.received.clear()
+        client = engine_client()
+        leaders.mode = "stuck_after_two"
+        stream = client.submit(PROMPT, PARAMS)
+        await two_tokens(stream)
+        client.on_peer_draining("decode-0")
+        assert len(leaders.generates()) == 1, "there is no other yet"
+        with pytest.raises(NoReplica):
+            client.submit(PROMPT, PARAMS)
+        client.on_peer_up("decode-1", "decode", "another model" if cohort else "test model", cohort)
+        assert ("decode-0", Abort(stream.generate.request_id)) in leaders.received
+        (_, one), (replica, two) = [m for m in leaders.received if isinstance(m[1], Generate)]
+        assert (replica, two.prefill) == ("decode-1", source)
+        prompt = unpack_ints(two.prompt).tolist()
+        assert prompt == [*PROMPT, *stream.delivered[:2]]
+        assert (two.root == one.root) == (not cohort)
+        assert split_hashes(two.page_hashes) == page_hashes(prompt, 4, two.root)
+        leaders.mode = "answer"
+        client.on_peer_down("decode-1", "killed")
+        client.on_peer_up("decode-2", "decode", "test model")
+        await drain(stream)
+        assert (client.counters.moves, client.counters.replays) == (1, 1)
+        assert stream.num_tokens == PARAMS.max_tokens
+        client.check_integrity()
+
+    run(body("", "decode-0"))
+    run(body("other", ""))
+
+
+def test_a_router_is_exchanged_under_way(engine_client: Make, leaders: Any) -> None:
+    """Requests are counted on, though their class is not there any more."""
+
+    async def body() -> None:
+        client = engine_client()
+        client.use_router(Router(8, classes=[PrioritySpec(), PrioritySpec(), PrioritySpec()]))
+        leaders.mode = "stuck_after_two"
+        stream = client.submit(PROMPT, PARAMS, priority=2)
+        await two_tokens(stream)
+        client.on_peer_up("decode-1", "decode", "test model")
+        client.on_peer_draining("prefill-0")
+        client.use_router(Router(8))
+        assert client.router.in_flight == 1
+        states = {state.name: state.draining for state in client.replicas()}
+        assert states == {"prefill-0": True, "decode-0": False, "decode-1": False}
+        leaders.mode = "answer"
+        client.on_peer_draining("decode-0")
+        await drain(stream)
         client.check_integrity()
 
     run(body())

@@ -170,6 +170,32 @@ def test_decode_goes_where_it_slows_the_least_and_the_fewest_pages_move() -> Non
         assert router.place(10 * PAGE + 1, b"".join(prompt)).decode == expected
 
 
+def test_a_decode_replica_without_free_pages_is_not_fast() -> None:
+    """Whatever it has measured: others must end first."""
+    router = cached_router()
+    router.update("p0", "prefill", None)
+    full = ReplicaLoad(
+        running=1,
+        decode_tokens=100,
+        finished=1,
+        decode_steps=100,
+        decode_step_tokens=100,
+        decode_step_s=1.0,
+        decode_s_per_request=1e-6,
+        pages_free=(1,),
+        pages_cached=(1,),
+        pages_used=(98,),
+    )
+    free = msgspec.structs.replace(full, pages_free=(90,))
+    busy = msgspec.structs.replace(free, running=50)
+    slow = msgspec.structs.replace(free, running=2, decode_s_per_request=0.02)
+    for in_d0, expected in ((full, "d1"), (free, "d0"), (busy, "d1")):
+        router.update("d0", "decode", in_d0)
+        in_d1 = slow if in_d0 is busy else msgspec.structs.replace(free, running=2)
+        router.update("d1", "decode", in_d1)
+        assert router.place(10 * PAGE + 1).decode == expected
+
+
 def test_what_is_nearly_all_cached_is_prefilled_where_it_is() -> None:
     prompt = prompt_pages(10)
     for waiting, expected in ((0, Placement("d1", "")), (1000, Placement("d0", "p0"))):
@@ -267,9 +293,12 @@ def test_the_cost_is_the_least_of_all_pairs(seed: int) -> None:
     def compute(name: str) -> float:
         return (loads[name].waiting_tokens + missing(name)) / loads[name].prefill_tokens_per_s
 
+    mean_slope = sum(load.decode_s_per_request for load in loads.values()) / len(loads)
+
     def cost(decode: str, prefill: str) -> float:
         load = loads[decode]
-        slowdown = (load.waiting + load.running) * load.decode_s_per_request * 20
+        slope = max(load.decode_s_per_request, mean_slope)
+        slowdown = (load.waiting + load.running) * slope * 20
         if not prefill:
             return compute(decode) + slowdown
         return compute(prefill) + missing(decode) * 0.5 / (100 * PAGE) + slowdown

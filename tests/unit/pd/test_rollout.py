@@ -49,6 +49,26 @@ def test_the_only_decode_replica_waits_for_room_for_its_successor() -> None:
     assert action == Drain("prefill-0", "its spec has changed")
 
 
+def test_roles_change_when_all_that_is_wanted_runs() -> None:
+    old = [replica("prefill-0"), replica("decode-0")]
+    desired, versions = {"both": 2}, {"both": "2"}
+    starting = plan_rollout(old, desired, versions)
+    assert starting == [Start("both", "both-0"), Start("both", "both-1")]
+    new = [replica(action.name, "2", is_running=False) for action in starting]
+    assert plan_rollout([*old, *new], desired, versions) == []
+    new[0] = dataclasses.replace(new[0], is_running=True)
+    leaving = plan_rollout([*old, *new], desired, versions)
+    assert {action.name for action in leaving} == {"prefill-0", "decode-0"}
+    stuck = [dataclasses.replace(each, is_running=False, finds_no_room=True) for each in new]
+    assert len(plan_rollout([*old, *stuck], desired, versions)) == 2
+
+
+def test_all_that_wait_with_an_old_version_end_at_once() -> None:
+    there = [replica(f"decode-{n}", is_running=False) for n in range(3)]
+    actions = plan_rollout(there, {"decode": 3}, {"decode": "2"})
+    assert [action.name for action in actions] == ["decode-0", "decode-1", "decode-2"]
+
+
 class World:
     """Replicas that start and drain when told, in a cluster with room for so many."""
 
@@ -102,9 +122,7 @@ def test_it_ends_with_what_is_wanted_and_serves_meanwhile(
     if not spare:
         least -= least > 1
     for choice in choices + list(range(200)):
-        actions = plan_rollout(
-            list(world.replicas.values()), {"decode": wanted}, {"decode": "2"}
-        )
+        actions = plan_rollout(list(world.replicas.values()), {"decode": wanted}, {"decode": "2"})
         for action in actions:
             world.apply(action, "2")
         assert world.num_serving >= least
