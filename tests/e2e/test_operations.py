@@ -124,14 +124,14 @@ def test_reload_and_drain_under_load(
     changed = {**cluster.spec, "router": {"local_prefill_tokens": 0, "max_queue": 100}}
     changed["roles"] = {
         "prefill": {**cluster.spec["roles"]["prefill"], "max_batch_tokens": 128},
-        "decode": {**cluster.spec["roles"]["decode"], "max_running": 6, "replicas": 3},
+        "decode": {**cluster.spec["roles"]["decode"], "replicas": 3},
     }
     with streams(cluster, reference(FAMILY), 4) as gaps:
         time.sleep(1)
         done = pd(cluster, "reload", write(cluster, changed))
         assert done.returncode == 0, done.stderr
         assert "running: 1 prefill, 3 decode" in sorted_roles(done.stdout)
-        assert "roles.decode.max_running" in done.stdout
+        assert "roles.prefill.max_batch_tokens" in done.stdout
         status = cluster.get("/admin/status").json()
         assert status["max_queue"] == 100
         name = next(r["name"] for r in status["replicas"] if r["role"] == "decode")

@@ -37,7 +37,7 @@ def make_spec(folder: Path, pages: int = 40, device: str = "cpu", **cache: Any) 
             "roles": {"prefill": role, "decode": role},
             "transfer": {"backend": "ipc" if device == "cuda" else "shm"},
             "router": {"local_prefill_tokens": 0},
-            "cache": {"host": {"memory": "64MiB"}, **cache},
+            "cache": {"host": {"memory": "64MiB"}, "load": "always", **cache},
         }
     )
 

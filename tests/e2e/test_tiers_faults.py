@@ -48,6 +48,7 @@ def spec_for(
         "router": {"local_prefill_tokens": 0},
         "cache": {
             "host": {"memory": host},
+            "load": "always",
             "storage": {
                 "backend": "file",
                 "options": {"path": str(store), "limit": "1GiB", "fsync": "always"},
