@@ -193,7 +193,7 @@ class Leader:
         self._prefill_rate = RecentRate(_FORGET)
         """Tokens of steps that had prompts in them."""
         self._prefill_speed = PrefillSpeed()
-        self._always_loads = cache.load == "always"
+        self._loads = cache.load
         self._decode_speed = DecodeSpeed()
         self._totals = StepTotals()
         self._on_stored = on_stored
@@ -402,12 +402,14 @@ class Leader:
             self.scheduler.add(sequence)
 
     def _fetch(self, sequence: Tracked, now: float) -> bool:
-        return self._caching.fetch(sequence, self._speed_of_computing, now)
+        return self._loads != "never" and self._caching.fetch(
+            sequence, self._speed_of_computing, now
+        )
 
     @property
     def _speed_of_computing(self) -> float:
         """Tokens a second, as far as loading pages is to be compared with it; 0: it is not."""
-        return 0.0 if self._always_loads else self._prefill_speed.tokens_per_s
+        return 0.0 if self._loads == "always" else self._prefill_speed.tokens_per_s
 
     def _fetched(self, sequence: Tracked) -> None:
         self._on_stored(sequence, 0, len(sequence.hashes))

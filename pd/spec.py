@@ -319,9 +319,9 @@ class CacheSpec(SpecModel):
     """Reuse pages of earlier requests with the same prefix."""
     eviction: Annotated[str, AfterValidator(_known_order)] = "lru"
     """Which pages go first, on the device and in the host tier."""
-    load: Literal["auto", "always"] = "auto"
+    load: Literal["auto", "always", "never"] = "auto"
     """Pages that the host tier or storage has are used where that is predicted to be faster than
-    computing them, or always."""
+    computing them, always, or never: they are only kept, for others."""
     host: HostCacheSpec | None = None
     storage: StorageCacheSpec | None = None
     events: CacheEventsSpec = CacheEventsSpec()

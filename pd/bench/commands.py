@@ -424,6 +424,9 @@ def bench_multiturn(
         typer.Option(help="Ask each turn of a server without a cache as well, one at a time."),
     ] = False,
     pause: Annotated[float, typer.Option(min=0, help="Seconds after each paired request.")] = 0.3,
+    beside: Annotated[
+        str, typer.Option(help="Of --paired: off, or never (keeps the same, but loads nothing).")
+    ] = "off",
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -447,6 +450,8 @@ def bench_multiturn(
     for text in storage_option or ():
         if "=" not in text:
             raise Failure(f"--storage-option: found {text!r}, expected KEY=VALUE", 2)
+    if beside not in ("off", "never"):
+        raise Failure(f"--beside: found {beside!r}, expected off or never", 2)
     options = MultiturnOptions(
         spec,
         clients,
@@ -459,6 +464,7 @@ def bench_multiturn(
         dict(text.split("=", 1) for text in storage_option or ()),
         tuple(tiers or TIERS),
         pause,
+        "never" if beside == "never" else "off",
         seed,
     )
     console = make_console(stderr=True)

@@ -7,14 +7,16 @@ once, and begins when the last of the round before has ended. The same prompts a
 everywhere, so that only the cache differs. Time to first token is what the client sees. With three
 tiers the host tier has a quarter of its size, so that storage has something to do.
 
-`--paired` is for small differences: a server with the cache off runs beside each other one, and
-both are asked each turn, one request at a time, in random order, with pauses in which what is kept
-is written. Of each pair the ratio counts; the interval of its median is from 2,000 bootstrap
-samples of pairs. What a turn costs that finds nothing (looking it up, keeping it) is in it too.
+`--paired` is for small differences: another server runs beside each, with the cache off or, with
+`--beside never`, one that keeps the same but loads nothing from below the device. Both are asked
+each turn, one request at a time, in random order, with pauses in which what is kept is written. Of
+each pair the ratio counts; the interval of its median is from 2,000 bootstrap samples of pairs.
+Beside "off", what a turn costs that finds nothing (looking it up, keeping it) is in it too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import random
@@ -24,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -63,6 +65,8 @@ class MultiturnOptions:
     """Those of them to be timed, besides "off"."""
     pause_s: float = 0.3
     """After each request of a paired run."""
+    beside: Literal["off", "never"] = "off"
+    """What a paired run compares with."""
     seed: int = 0
 
 
@@ -109,22 +113,20 @@ def run_paired(
     runs: list[dict[str, Any]] = []
     is_equal = True
     with tempfile.TemporaryDirectory(prefix="pagerelay-bench-") as folder:
-        base = Server(_write_spec(options, "off", Path(folder)))
-        try:
-            base_url = base.wait_ready(console)
-            for tiers in TIERS[1:]:
-                if tiers not in options.tiers:
-                    continue
-                server = Server(_write_spec(options, tiers, Path(folder)))
-                try:
-                    urls = (base_url, server.wait_ready(console))
-                    rounds = _converse_with_both(urls, options, functools.partial(on_round, tiers))
-                finally:
-                    server.stop()
-                is_equal &= all(a.tokens == b.tokens for pairs in rounds for a, b in pairs)
-                runs.append({"tiers": tiers, "rounds": [_paired_summary(each) for each in rounds]})
-        finally:
-            base.stop()
+        for tiers in TIERS[1:]:
+            if tiers not in options.tiers:
+                continue
+            with contextlib.ExitStack() as stack:
+                urls = []
+                for is_base in (True, False):
+                    server = Server(_write_spec(options, tiers, Path(folder), is_base))
+                    stack.callback(server.stop)
+                    urls.append(server.wait_ready(console))
+                rounds = _converse_with_both(
+                    (urls[0], urls[1]), options, functools.partial(on_round, tiers)
+                )
+            is_equal &= all(a.tokens == b.tokens for pairs in rounds for a, b in pairs)
+            runs.append({"tiers": tiers, "rounds": [_paired_summary(each) for each in rounds]})
     return {"options": _told(options), "tokens_equal": is_equal, "runs": runs}
 
 
@@ -140,9 +142,16 @@ def _told(options: MultiturnOptions) -> dict[str, Any]:
     return {**dataclasses.asdict(options), "spec": str(options.spec)}
 
 
-def _write_spec(options: MultiturnOptions, tiers: str, folder: Path) -> Path:
-    path = folder / f"{TIERS.index(tiers)}.yaml"
-    path.write_text(yaml.safe_dump(_spec(options, tiers, folder / "storage")))
+def _write_spec(options: MultiturnOptions, tiers: str, folder: Path, is_base: bool = False) -> Path:
+    """`is_base`: of the server that the one with these tiers is compared with."""
+    folder = folder / f"{TIERS.index(tiers)}-{'base' if is_base else 'tiers'}"
+    folder.mkdir()
+    keeps = not is_base or options.beside == "never"
+    spec = _spec(options, tiers if keeps else "off", folder / "storage")
+    if is_base and keeps:
+        spec["cache"]["load"] = "never"
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec))
     return path
 
 
@@ -267,13 +276,13 @@ def _ask(url: str, model: str, prompt: list[int], max_tokens: int) -> Turn:
 
 
 def _paired_summary(pairs: list[tuple[Turn, Turn]]) -> dict[str, Any]:
-    off, turns = ([pair[which] for pair in pairs] for which in (0, 1))
-    ratios = [turn.ttft_s / base.ttft_s for base, turn in pairs]
+    base, turns = ([pair[which] for pair in pairs] for which in (0, 1))
+    ratios = [turn.ttft_s / of_base.ttft_s for of_base, turn in pairs]
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_SAMPLES))
     return {
         **_summary(turns),
-        "off_ttft_p50_s": statistics.median(turn.ttft_s for turn in off),
+        "base_ttft_p50_s": statistics.median(turn.ttft_s for turn in base),
         "ratio_p50": statistics.median(ratios),
         "ratio_p50_interval": [medians[_SAMPLES // 20], medians[-_SAMPLES // 20]],
         "ratios": ratios,
@@ -295,6 +304,7 @@ def _summary(turns: list[Turn]) -> dict[str, Any]:
 def print_paired(report: dict[str, Any], console: Console) -> None:
     _print_conditions(report["options"], console)
     console.print(
+        f"beside: {report['options']['beside']}; "
         f"one request at a time, each turn of both servers in random order, "
         f"{report['options']['pause_s']:g} s after each",
         highlight=False,
@@ -304,7 +314,7 @@ def print_paired(report: dict[str, Any], console: Console) -> None:
         "tiers",
         "round",
         "prompt",
-        "off p50",
+        "beside p50",
         "TTFT p50",
         "ratio p50",
         "90 %",
@@ -322,7 +332,7 @@ def print_paired(report: dict[str, Any], console: Console) -> None:
                 "" if number else run["tiers"],
                 str(number + 1),
                 str(one["prompt_tokens"]),
-                f"{one['off_ttft_p50_s'] * 1000:.1f} ms",
+                f"{one['base_ttft_p50_s'] * 1000:.1f} ms",
                 f"{one['ttft_p50_s'] * 1000:.1f} ms",
                 f"{one['ratio_p50']:.3f}",
                 f"{low:.3f} to {high:.3f}",

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from rank_kills import NEAR_TIE, steady_load
+from asking import check_tokens, keep_asking
+from rank_kills import steady_load
 from real_cluster import Cluster, RayHead, descendants, short_folder, wait_until
 from reference_model import ReferenceModel
 
 from pd.bench.stats import percentile
-from pd.http_client import HttpError, stream_json
+from pd.http_client import stream_json
 
 FAMILY = "gemma3_text"
 
@@ -42,56 +42,36 @@ def spec_for(name: str, folder: Path, **more: Any) -> dict[str, Any]:
 
 @contextmanager
 def streams(cluster: Cluster, model: ReferenceModel, clients: int) -> Iterator[list[float]]:
-    """Streamed requests one after the other; all end well, with the right tokens. Gives a list of
-    the seconds between one token of an answer and the next."""
-    over = threading.Event()
+    """All end well, with the right tokens. Gives a list of the seconds between one token of an
+    answer and the next."""
     gaps: list[float] = []
-    problems: list[str] = []
-    answered: list[tuple[list[int], list[int]]] = []
 
-    def ask(number: int) -> None:
-        rng = random.Random(number)
-        while not over.is_set():
-            prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
-            body = {
-                "model": "tiny",
-                "prompt": prompt,
-                "max_tokens": 150,
-                "temperature": 0.0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-                "stream": True,
-            }
-            tokens: list[int] = []
-            last = 0.0
-            try:
-                for event in stream_json(f"{cluster.url}/v1/completions", body, timeout_s=60):
-                    new = event["choices"][0].get("token_ids") or [] if event["choices"] else []
-                    now = time.monotonic()
-                    if new and last:
-                        gaps.append(now - last)
-                    last = now if new else last
-                    tokens += new
-            except (HttpError, OSError) as error:
-                problems.append(str(error))
-                return
-            answered.append((prompt, tokens))
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield gaps
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join(150)
-    assert not problems, problems[0]
-    assert len(answered) >= clients
-    for prompt, tokens in answered:
+    def ask(rng: random.Random) -> tuple[list[int], list[int]]:
+        prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
+        body = {
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": 150,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": True,
+        }
+        tokens: list[int] = []
+        last = 0.0
+        for event in stream_json(f"{cluster.url}/v1/completions", body, timeout_s=60):
+            if new := event["choices"][0].get("token_ids") if event["choices"] else None:
+                now = time.monotonic()
+                if last:
+                    gaps.append(now - last)
+                last = now
+                tokens += new
         assert len(tokens) == 150
-        gap = model.gap(prompt, tokens)
-        assert gap < NEAR_TIE, f"{len(prompt)} tokens, then {tokens}: {gap} below the best"
+        return prompt, tokens
+
+    with keep_asking(clients, ask) as answered:
+        yield gaps
+    check_tokens(model, answered)
 
 
 def pd(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]:

@@ -3,18 +3,17 @@ whose API server lived ends with the right tokens, and the service is whole agai
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import requests
-from rank_kills import NEAR_TIE, spec_for
+from asking import check_tokens, keep_asking, short_request
+from rank_kills import spec_for
 from ray_node import RayNode
 from real_cluster import Cluster, RayHead, short_folder, wait_until
 from reference_model import ReferenceModel
@@ -46,8 +45,8 @@ class World:
         self.node = RayNode(head, 4, {"pool": "decode"})
         self.cluster = Cluster(spec, folder, head.address).wait_ready()
         self.logs = [self.cluster]
-        self.api_deaths = 0
-        self.api_is_down = False
+        self.api_back_at = -math.inf
+        """Requests that began before may fail."""
 
     def kill(self, victim: str) -> None:
         if victim == "controller":
@@ -61,7 +60,7 @@ class World:
             self.node = RayNode(self._head, 4, {"pool": "decode"})
         else:
             if victim == "api-0":
-                self.api_deaths, self.api_is_down = self.api_deaths + 1, True
+                self.api_back_at = math.inf
             os.kill(self.pid_of(victim), signal.SIGKILL)
 
     def pid_of(self, process: str) -> int:
@@ -94,40 +93,6 @@ class World:
         return not status["in_flight"] and not any(group["used"] for group in groups)
 
 
-@contextmanager
-def steady_load(world: World, clients: int) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Requests one after the other. They may fail only with their API server."""
-    over = threading.Event()
-    problems: list[str] = []
-    answered: list[tuple[list[int], list[int]]] = []
-
-    def ask(number: int) -> None:
-        rng = random.Random(number)
-        while not over.is_set():
-            prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
-            deaths, may_fail = world.api_deaths, world.api_is_down
-            try:
-                tokens = world.logs[0].complete(prompt, rng.randrange(1, 60)).tokens
-            except (requests.RequestException, AssertionError) as error:
-                if not may_fail and world.api_deaths == deaths:
-                    problems.append(str(error))
-                    return
-                time.sleep(0.2)
-                continue
-            answered.append((prompt, tokens))
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answered
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join(200)
-    assert not problems, problems[0]
-
-
 def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "gemma3_text")
     model, rng = ReferenceModel(folder), random.Random(0)
@@ -144,7 +109,8 @@ def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
         seconds: dict[str, list[float]] = {}
         try:
             wait_until(world.is_whole, "a whole cluster", WHOLE_S)
-            with steady_load(world, 3) as answered:
+            ask = short_request(world.cluster)
+            with keep_asking(3, ask, lambda began: began < world.api_back_at) as answered:
                 for number in range(count):
                     victim = rng.choices(list(KINDS), list(KINDS.values()))[0]
                     time.sleep(2 * rng.random())
@@ -153,11 +119,9 @@ def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
                     time.sleep(1.0)  # until it is seen
                     what = f"a whole cluster after the end of {victim}, kill {number}"
                     wait_until(world.is_whole, what, WHOLE_S)
-                    world.api_is_down = False
+                    world.api_back_at = min(world.api_back_at, time.monotonic())
                     seconds.setdefault(victim, []).append(time.monotonic() - begin)
-            for prompt, tokens in answered:
-                gap = model.gap(prompt, tokens)
-                assert gap < NEAR_TIE, f"{len(prompt)} tokens, then {tokens}: {gap} below the best"
+            check_tokens(model, answered)
             wait_until(world.is_idle, "pools as they were")
             total = sum(len(tokens) for _, tokens in answered)
             print(f"{count} kills, {len(answered)} requests, {total} tokens; whole again after")

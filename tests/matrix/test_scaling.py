@@ -4,16 +4,13 @@ turns from long prompts to long outputs, and goes; no request fails."""
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import requests
+from asking import check_tokens, keep_asking
 from autoscaling import AutoscalingHead, ray_client
-from rank_kills import NEAR_TIE
 from real_cluster import Cluster, short_folder, wait_until
 from reference_model import ReferenceModel
 
@@ -46,35 +43,14 @@ def spec_for(folder: Path) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def load(
-    cluster: Cluster, clients: int, prompt_tokens: int, output_tokens: int
-) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """So many at once, all the time; none fails."""
-    over = threading.Event()
-    problems: list[str] = []
-    answered: list[tuple[list[int], list[int]]] = []
+def request(
+    cluster: Cluster, prompt_tokens: int, output_tokens: int
+) -> Callable[[random.Random], tuple[list[int], list[int]]]:
+    def ask(rng: random.Random) -> tuple[list[int], list[int]]:
+        prompt = [rng.randrange(256) for _ in range(prompt_tokens)]
+        return prompt, cluster.complete(prompt, output_tokens).tokens
 
-    def ask(number: int) -> None:
-        rng = random.Random(number)
-        while not over.is_set():
-            prompt = [rng.randrange(256) for _ in range(prompt_tokens)]
-            try:
-                answered.append((prompt, cluster.complete(prompt, output_tokens).tokens))
-            except (requests.RequestException, AssertionError) as error:
-                problems.append(str(error))
-                return
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answered
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join(300)
-    assert not problems, problems[0]
+    return ask
 
 
 def counts(cluster: Cluster) -> dict[str, int]:
@@ -107,9 +83,9 @@ def test_replicas_and_nodes_follow_the_load(tmp_path: Path) -> None:
                     took = f"{what} after {time.monotonic() - begin:.0f} s"
                     story.append((took, counts(cluster), ray.labels("pool")))
 
-                with load(cluster, 8, prompt_tokens=2000, output_tokens=4) as long_prompts:
+                with keep_asking(8, request(cluster, 2000, 4)) as long_prompts:
                     follow("more prefill", lambda n: n["prefill"] > 1 >= n["decode"])
-                with load(cluster, 12, prompt_tokens=20, output_tokens=400) as long_outputs:
+                with keep_asking(12, request(cluster, 20, 400)) as long_outputs:
                     follow("more decode", lambda n: n["decode"] > 1)
                     follow("less prefill", lambda n: n["prefill"] < n["decode"])
                 follow("idle", lambda n: n == {"prefill": 1, "decode": 1})
@@ -118,8 +94,7 @@ def test_replicas_and_nodes_follow_the_load(tmp_path: Path) -> None:
                 for what, replicas, nodes in story:
                     print(f"{what}: {replicas}, nodes {nodes}")
                 print(f"{len(long_prompts)} + {len(long_outputs)} requests")
-            for prompt, tokens in [*long_prompts[:20], *long_outputs[:20]]:
-                assert model.gap(prompt, tokens) < NEAR_TIE
+            check_tokens(model, [*long_prompts[:20], *long_outputs[:20]])
         except BaseException:
             if cluster is not None:
                 print(cluster.log)

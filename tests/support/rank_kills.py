@@ -6,21 +6,18 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import requests
+from asking import check_tokens, keep_asking, short_request
 from real_cluster import Cluster, abandoned_shared_memory, descendants, wait_until
 from reference_model import ReferenceModel
 
 from pd.rank import endpoint
 
-NEAR_TIE = 1e-4
-"""Two logits so close may change places with the order of a sum in float32."""
 GONE_S = 15.0
 """From a rank's death until its replica has ended."""
 
@@ -44,39 +41,11 @@ def spec_for(name: str, folder: Path, replicas: int, topology: dict[str, int]) -
 
 
 @contextmanager
-def steady_load(cluster: Cluster, model: ReferenceModel, clients: int = 3) -> Iterator[list[int]]:
-    """Requests one after the other; all are answered, with the right tokens. Gives a list that has
-    the length of each answer so far."""
-    over = threading.Event()
-    problems: list[str] = []
-    lengths: list[int] = []
-    answered: list[tuple[list[int], list[int]]] = []
-
-    def ask(number: int) -> None:
-        rng = random.Random(number)
-        while not over.is_set():
-            prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
-            try:
-                tokens = cluster.complete(prompt, rng.randrange(1, 60)).tokens
-            except (requests.RequestException, AssertionError) as error:
-                problems.append(str(error))
-                return
-            answered.append((prompt, tokens))
-            lengths.append(len(tokens))
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield lengths
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join(150)
-    assert not problems, problems[0]
-    for prompt, tokens in answered:
-        gap = model.gap(prompt, tokens)
-        assert gap < NEAR_TIE, f"{len(prompt)} tokens, then {tokens}: {gap} below the best"
+def steady_load(cluster: Cluster, model: ReferenceModel, clients: int = 3) -> Iterator[None]:
+    """All are answered, with the right tokens."""
+    with keep_asking(clients, short_request(cluster)) as answered:
+        yield
+    check_tokens(model, answered)
 
 
 def kill_ranks(

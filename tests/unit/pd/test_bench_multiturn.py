@@ -133,7 +133,7 @@ def test_a_paired_run_compares_each_turn_with_a_server_without_a_cache(
     (run,) = report["runs"]
     assert len(run["rounds"]) == 2
     first = run["rounds"][0]
-    assert (first["off_ttft_p50_s"], first["ttft_p50_s"], first["ratio_p50"]) == (0.5, 0.25, 0.5)
+    assert (first["base_ttft_p50_s"], first["ttft_p50_s"], first["ratio_p50"]) == (0.5, 0.25, 0.5)
     assert first["ratio_p50_interval"] == [0.5, 0.5]
     assert first["cached_tokens"]["host"] == 5 * 4
     console = Console(width=150, file=io.StringIO())
