@@ -27,7 +27,7 @@ from hicache.storage.storage import Outcome
 from hicache.storage_hints import StorageHints
 from hicache.storage_io import BreakerState, Operations, OpKind, StorageLimits, bytes_of
 
-_ASKING_SHARE = 0.05
+_ASKING_SHARE = 0.02
 """Of the time to compute pages, the most that a request waits to hear that storage lacks them."""
 
 

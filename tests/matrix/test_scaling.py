@@ -27,7 +27,7 @@ def spec_for(folder: Path) -> dict[str, Any]:
             "replicas": {"min": 1, "max": MOST},
             "resources": {"CPU": 1.0},
             "labels": {"pool": name},
-            "pool": {"pages": 400},
+            "pool": {"pages": 4000},
             "max_running": 4,
         }
 

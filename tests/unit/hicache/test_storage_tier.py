@@ -876,9 +876,9 @@ def test_a_request_waits_for_a_slow_answer_only_where_pages_are_known_to_be_stor
     world.evict_all()
     world.put_objects(others)
     cost = world.tier._operations.cost
-    cost.add_trip(0.15)
+    cost.add_trip(0.06)
     cost.reads.add(10**9, 0.0, 1.0)
-    # 20 tokens take 2 s to compute, an answer 0.15 s: 7.5 %.
+    # 20 tokens take 2 s to compute, an answer 0.06 s: 3 %.
     assert not world.prefetch(ours, tokens_per_s=10.0).is_probe
     assert world.prefetch(others, tokens_per_s=10.0).is_probe
     assert not world.prefetch(others, tokens_per_s=5.0).is_probe
