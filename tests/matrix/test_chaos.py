@@ -45,10 +45,14 @@ class World:
         self.node = RayNode(head, 4, {"pool": "decode"})
         self.cluster = Cluster(spec, folder, head.address).wait_ready()
         self.logs = [self.cluster]
+        self.killed: dict[str, int] = {}
+        """Pids, by name, of what was killed last."""
         self.api_back_at = -math.inf
         """Requests that began before may fail."""
 
     def kill(self, victim: str) -> None:
+        names = {"controller": (), "node": ("decode-0", "decode-1")}.get(victim, (victim,))
+        self.killed = {name: self.pid_of(name) for name in names}
         if victim == "controller":
             os.kill(self.cluster.process.pid, signal.SIGKILL)
             self.cluster.process.wait(30)
@@ -80,6 +84,9 @@ class World:
         return dict(response.json()) if response.ok else {}
 
     def is_whole(self) -> bool:
+        """With successors of all that was killed."""
+        if any(self.pid_of(name) == pid for name, pid in self.killed.items()):
+            return False
         status = self.status()
         units = (status.get("controller") or {}).get("units", [])
         names = {unit["name"] for unit in units if unit["phase"] == "running"}
@@ -116,7 +123,6 @@ def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
                     time.sleep(2 * rng.random())
                     begin = time.monotonic()
                     world.kill(victim)
-                    time.sleep(1.0)  # until it is seen
                     what = f"a whole cluster after the end of {victim}, kill {number}"
                     wait_until(world.is_whole, what, WHOLE_S)
                     world.api_back_at = min(world.api_back_at, time.monotonic())
