@@ -158,7 +158,7 @@ def test_the_planner_adds_replicas_under_load_and_drains_them_after() -> None:
     spec = make_spec("{min: 1, max: 6}", 3, more=planner)
     requests = [
         dataclasses.replace(each, at_s=3 + (number - 1500) * 0.4) if number >= 1500 else each
-        for number, each in enumerate(make_load(1530, gap_ms=2).requests)
+        for number, each in enumerate(make_load(1545, gap_ms=2).requests)
     ]
     fast = msgspec.structs.replace(PROFILE, bytes_per_s=1e9, write_s=0.0)
     cluster = make_cluster(spec, make_load(1), "cost", fast)
