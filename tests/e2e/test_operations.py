@@ -106,7 +106,7 @@ def test_reload_and_drain_under_load(
         "prefill": {**cluster.spec["roles"]["prefill"], "max_batch_tokens": 128},
         "decode": {**cluster.spec["roles"]["decode"], "replicas": 3},
     }
-    with streams(cluster, reference(FAMILY), 4) as gaps:
+    with streams(cluster, reference(FAMILY), 12) as gaps:
         time.sleep(1)
         done = pd(cluster, "reload", write(cluster, changed))
         assert done.returncode == 0, done.stderr
