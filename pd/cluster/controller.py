@@ -23,7 +23,7 @@ import msgspec
 import ray
 
 from pd.cluster.actor import Report
-from pd.cluster.launcher import Launcher, Network, Progress, is_alive
+from pd.cluster.launcher import CAUSE_S, Launcher, Network, Progress, is_alive
 from pd.cluster.unit import Phase, Process, StartError, Unit
 from pd.node import Order
 from pd.planner import Observed, Planner, bounds_of
@@ -38,8 +38,6 @@ _MOST_FAILURES = 10
 """That are counted."""
 _STABLE_S = 20.0
 """... until it has run so long."""
-_CAUSE_S = 2.0
-"""So long a rank's death may come after the errors that it makes in other ranks."""
 _NO_ROOM_S = 10.0
 """Waiting for resources for so long, there seem to be none."""
 _IDLE_REPORTS = 2
@@ -204,7 +202,7 @@ class Controller:
     def _culprit(self, unit: Unit, process: Process, reason: str) -> tuple[Process, str]:
         """Where ranks fail because another one has died, that one."""
         if reason != _DIED and len(unit.processes) > 1:
-            dead, _ = ray.wait([each.ended for each in unit.processes], timeout=_CAUSE_S)
+            dead, _ = ray.wait([each.ended for each in unit.processes], timeout=CAUSE_S)
             for each in unit.processes:
                 if each.ended in dead:
                     return each, _DIED

@@ -46,7 +46,7 @@ from pd.rank import endpoint
 from pd.rollout import version_of
 from pd.spec import ClusterSpec, RoleSpec, SpecError, replica_role
 
-_CAUSE_S = 2.0
+CAUSE_S = 2.0
 """So long a rank's death may come after the errors that it makes in other ranks."""
 _PROCESS_ENVIRONMENT = {
     # Compute threads that wait must sleep, not spin: the cores are shared.
@@ -217,7 +217,7 @@ class Launcher:
                 raise problem from error
             if unit.problem is None:
                 unit.problem = problem
-                unit.problem_until = time.monotonic() + _CAUSE_S
+                unit.problem_until = time.monotonic() + CAUSE_S
             return
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[-1].strip()
