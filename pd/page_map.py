@@ -29,9 +29,11 @@ from pd.messages import PAGE_KEY_BYTES, PagesChanged, PagesHeld, PagesWanted
 
 _SHARDS = 256
 """Dictionaries, by a key's first byte: growing one takes a 256th of the time."""
-_MAX_LOOKUPS = 40
+_MAX_LOOKUPS = 32
 """In a match, after the first. If they do not suffice, replicas are taken to hold less than they
 do, those with the shortest matches first."""
+_PRECISION = 64
+"""Of what a replica lacks, by how much its match may be too short: this part."""
 _NEAR = 32
 """Pages from either end of a prompt, where most matches end: after a system prompt, and before what
 is new of a conversation."""
@@ -292,27 +294,28 @@ class PageMap:
             return []
         levels: list[tuple[int, int]] = []
         key = page_hashes[:PAGE_KEY_BYTES]
-        first = shards[key[0]].get(key, 0) & live
-        # (page, its holders, a later page, its holders); the last one is nobody's.
-        open_ = [(0, first, count, 0)]
+        low, low_holders = 0, shards[key[0]].get(key, 0) & live
+        high, high_holders = count, 0  # nobody's
+        # Where ranges begin that lie before `low`, each of which ends where the next begins.
+        before: list[tuple[int, int]] = []
         lookups = 0
-        while open_:
-            low, low_holders, high, high_holders = open_.pop()
-            if low_holders == high_holders:
-                continue
-            if high - low == 1 or lookups == _MAX_LOOKUPS:
+        while True:
+            if low_holders != high_holders:
+                if high - low > 1 + (count - high) // _PRECISION and lookups < _MAX_LOOKUPS:
+                    before.append((low, low_holders))
+                    middle = (low + high) >> 1
+                    if middle >= low + _NEAR and (low == 0) != (high == count):
+                        middle = _NEAR if low == 0 else count - _NEAR
+                    low, begin = middle, middle * HASH_BYTES
+                    key = page_hashes[begin : begin + PAGE_KEY_BYTES]
+                    low_holders = shards[key[0]].get(key, 0) & low_holders | high_holders
+                    lookups += 1
+                    continue
                 levels.append((low + 1, low_holders & ~high_holders))
-                continue
-            middle = (low + high) // 2
-            if middle >= low + _NEAR and (low == 0) != (high == count):
-                middle = _NEAR if low == 0 else count - _NEAR
-            begin = middle * HASH_BYTES
-            key = page_hashes[begin : begin + PAGE_KEY_BYTES]
-            holders = shards[key[0]].get(key, 0) & low_holders | high_holders
-            lookups += 1
-            open_.append((low, low_holders, middle, holders))
-            open_.append((middle, holders, high, high_holders))
-        return levels
+            if not before:
+                return levels
+            high, high_holders = low, low_holders
+            low, low_holders = before.pop()
 
     def holders(self, page_hash: bytes) -> set[int]:
         """Rows; for tests."""

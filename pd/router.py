@@ -66,6 +66,7 @@ _NO_PREFILL = -1
 _LEAST_S = 1e-9
 _EQUAL = 1e-9
 """Costs that differ by less, in proportion, are equal."""
+_MEAN_OF = 64
 _HEAVY = 1e12
 """Weights of recent placements are scaled down before they get larger."""
 
@@ -270,7 +271,7 @@ class Router:
         room = float(max(map(sum, pages), default=0) * self._page_tokens)
         table.free[row] = max(load.pages_free, default=0) * self._page_tokens
         unused = map(sum, zip(load.pages_free, load.pages_cached, strict=False))
-        table.available[row] = max(unused, default=0) * self._page_tokens
+        table.available[row] = max(unused, default=0) * self._page_tokens if room else math.inf
         if not state.draining:
             self._candidates(state.role).room += room - table.room[row]
         table.room[row] = room
@@ -437,16 +438,19 @@ class Router:
 
     def _plan_by_cost(self, missing: _Floats, priority: int) -> _Rows:
         table = self._table
-        work = table.tokens[priority] + missing
-        work += self._hits.mean(0.0) * np.maximum(missing - table.free, 0.0)
+        queued = table.tokens[priority] + missing
+        evicted = missing - table.free
+        work = queued + self._hits.mean(0.0) * np.maximum(evicted, 0.0, out=evicted)
         outputs = self._outputs.mean(1.0)
-        slopes = table.slowdown.or_mean(0.0)
         # A replica's own is noisy: one near 0 would make it look free, however many are there.
-        slowdown = table.requests * np.maximum(slopes, table.slowdown.mean(0.0)) * outputs
+        slowdown = table.requests * table.slowdown.at_least_mean()
+        slowdown *= outputs
         # Others must end before there are pages for it.
-        lacks = np.maximum(table.tokens[priority] + missing - table.available, 0.0)
-        in_use = np.maximum(table.room - table.available, 1.0)
-        slowdown += (table.room > 0) * lacks / in_use * self._token_s() * outputs
+        (full,) = (queued > table.available).nonzero()
+        if len(full):
+            available = table.available[full]
+            in_use = np.maximum(table.room[full] - available, 1.0)
+            slowdown[full] += (queued[full] - available) / in_use * self._token_s()[full] * outputs
         compute = work / table.speed.or_mean(1.0)
         return self._cheapest(self._pairs, self._alone, missing, compute, slowdown)
 
@@ -468,8 +472,9 @@ class Router:
         """`pairs` and `alone`: rows that decode. The others, in seconds by row."""
         table = self._table
         if len(pairs):
-            is_local = missing[pairs] <= self._local_prefill_tokens
-            if is_local.any():
+            least = missing[pairs]
+            if least[least.argmin()] <= self._local_prefill_tokens:
+                is_local = least <= self._local_prefill_tokens
                 alone = np.concatenate((pairs[is_local], alone))
                 pairs = pairs[~is_local]
         best, decode, prefill = math.inf, -1, None
@@ -495,7 +500,7 @@ class Router:
             if len(rows) == 1:
                 break
             values = key[rows]
-            least = values.min()
+            least = values[values.argmin()]  # half the time of min()
             rows = rows[values <= least + abs(least) * _EQUAL]
         return int(rows[0])
 
@@ -574,8 +579,9 @@ class _Table:
         """Seconds that a step would take without requests."""
         self.room = np.zeros(num_rows)
         """Tokens."""
-        self.available = np.zeros(num_rows)
-        """Of them, those that are free or cached, less what was placed since."""
+        self.available = np.full(num_rows, math.inf)
+        """Of them, those that are free or cached, less what was placed since; no end where nothing
+        was told."""
         self.free = np.zeros(num_rows)
         """Of them, where nothing is cached; below 0 where it will be evicted."""
         self.recent = np.zeros(num_rows)
@@ -599,6 +605,7 @@ class _Table:
             measured.put(row, 0.0)
         for values in self._vectors():
             values[row] = 0.0
+        self.available[row] = math.inf
 
     def _vectors(self) -> list[_Floats]:
         of_pages = [self.room, self.free, self.available]
@@ -609,31 +616,52 @@ class _Table:
 
 
 class _Measured:
-    """A positive quantity by row, 0 where it is unknown."""
+    """A positive quantity by row, 0 where it is unknown.
+
+    Means are as they were when a replica's became known or unknown, or when one in `_MEAN_OF` had
+    told theirs anew."""
 
     def __init__(self, num_rows: int) -> None:
         self.values = np.zeros(num_rows)
         self.num_known = 0
+        self._mean = 0.0
         self._filled: _Floats | None = None
-        """With means; None: to be made anew."""
+        """None: to be made anew, and the others."""
+        self._at_least_mean = self.values
+        self._num_told = 0
 
     def put(self, row: int, value: float) -> None:
         was_known = self.values[row] > 0
         self.values[row] = value
         self.num_known += (value > 0) - int(was_known)
-        if self._filled is not None and was_known and value > 0:
-            self._filled[row] = value
+        self._num_told += 1
+        if was_known and value > 0 and self._num_told * _MEAN_OF < self.num_known:
+            if self._filled is not None:
+                self._filled[row] = value
+                self._at_least_mean[row] = max(value, self._mean)
         elif was_known or value > 0:
             self._filled = None
 
     def mean(self, unknown: float) -> float:
-        return float(self.values.sum() / self.num_known) if self.num_known else unknown
+        if self._filled is None:
+            self._fill()
+        return self._mean if self.num_known else unknown
 
     def or_mean(self, unknown: float) -> _Floats:
-        """For unknown ones the mean of the others, as it was when one became known or unknown; or
-        `unknown` if there is none. Not to be written to."""
+        """For unknown ones the mean of the others, or `unknown` if there is none. Not to be written
+        to."""
         if self._filled is None:
-            is_known = self.values > 0
-            mean = self.values.sum() / self.num_known if self.num_known else unknown
-            self._filled = np.where(is_known, self.values, mean)
-        return self._filled
+            self._fill()
+        return self._filled if self.num_known else np.full(len(self.values), unknown)
+
+    def at_least_mean(self) -> _Floats:
+        """Not to be written to."""
+        if self._filled is None:
+            self._fill()
+        return self._at_least_mean
+
+    def _fill(self) -> None:
+        self._num_told = 0
+        self._mean = float(self.values.sum() / self.num_known) if self.num_known else 0.0
+        self._filled = np.where(self.values > 0, self.values, self._mean)
+        self._at_least_mean = np.maximum(self._filled, self._mean)
