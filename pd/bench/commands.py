@@ -335,6 +335,15 @@ def bench_router(
     room: Annotated[
         int, typer.Option(min=1, help="Tokens in each replica's device tier. With a trace.")
     ] = 3_000_000,
+    host_room: Annotated[
+        int, typer.Option(min=0, help="Tokens in each host tier; 0: none. With a trace.")
+    ] = 0,
+    host_replicas: Annotated[
+        int, typer.Option(min=1, help="Replicas that share a host tier. With a trace.")
+    ] = 5,
+    storage_room: Annotated[
+        int, typer.Option(min=0, help="Tokens in the storage tier; 0: none. With a trace.")
+    ] = 0,
     speed: Annotated[
         list[float],
         typer.Option(help="Tokens a second that a replica computes. With a trace; again."),
@@ -381,7 +390,14 @@ def bench_router(
                 )
                 report = bench_of.run_router_bench(options, on_row)
             else:
-                placing = PlacementOptions(replicas[0] if replicas else 10, room, seed=seed)
+                placing = PlacementOptions(
+                    replicas=replicas[0] if replicas else 10,
+                    room_tokens=room,
+                    host_room_tokens=host_room,
+                    host_replicas=host_replicas,
+                    storage_room_tokens=storage_room,
+                    seed=seed,
+                )
                 with trace.open(encoding="utf-8") as lines:
                     requests = parse_trace(lines, block_tokens)
                 report = bench_of.run_placement_bench(

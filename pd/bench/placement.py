@@ -6,10 +6,12 @@ of arrival, at a fixed speed; a prompt is matched when its turn comes, and its p
 index when it is done. There is one decode replica, which takes no time. Reports come every half
 second from each replica, in turns, changes of pages when the feed gives them, and both without
 delay. One page is one block of the trace, one layer group with full attention, eviction by last
-use.
+use. There may be host tiers, each shared by some replicas, and a storage tier shared by all: what is
+computed is kept there at once, what is not in the nearer ones is loaded from there at a fixed speed.
+The router knows of neither.
 
-Load is what a replica has computed: prompt tokens that it did not have cached. Time to first token
-is waiting and computing.
+Load is what a replica has computed: prompt tokens that it did not find in any tier. Time to first
+token is waiting, loading and computing.
 """
 
 from __future__ import annotations
@@ -44,6 +46,14 @@ class PlacementOptions:
     """In the device tier of each."""
     tokens_per_s: float = 10_000.0
     """That a replica computes."""
+    host_room_tokens: int = 0
+    """In each host tier; 0: there is none."""
+    host_replicas: int = 5
+    """That share one."""
+    storage_room_tokens: int = 0
+    host_tokens_per_s: float = 300_000.0
+    """That are loaded: 8B-shaped KV in bfloat16 at 44 GB/s."""
+    storage_tokens_per_s: float = 30_000.0
     seed: int = 0
 
 
@@ -52,7 +62,10 @@ class PlacementRow:
     policy: Policy
     tokens_per_s: float
     hit_rate: float
-    """Prompt tokens found cached, of all."""
+    """Prompt tokens found cached, of all; in whatever tier."""
+    host_hit_rate: float
+    """Of all prompt tokens those that came from there; and here."""
+    storage_hit_rate: float
     max_over_mean: float
     """Of tokens computed, by replica."""
     ttft_mean_s: float
@@ -71,13 +84,45 @@ class _Request:
     hashes: list[bytes]
 
 
+def _make_index(room_tokens: int, block_tokens: int, feed: bool = False) -> PageIndex:
+    group = LayerGroup("full", (0,), kv_heads=1, head_dim=1)
+    return PageIndex([group], [room_tokens // block_tokens + 1], block_tokens, feed=feed)
+
+
+class _Tier:
+    """Pages that several replicas share."""
+
+    def __init__(self, room_tokens: int, block_tokens: int, tokens_per_s: float) -> None:
+        self.tokens_per_s = tokens_per_s
+        self.hit_tokens = 0
+        self._index = _make_index(room_tokens, block_tokens)
+
+    def match(self, hashes: list[bytes]) -> int:
+        """How many of the first pages are there; they are used now."""
+        hit = self._index.match(hashes)
+        (slots,) = self._index.acquire(hashes[:hit])
+        self._index.release(0, slots)
+        return hit
+
+    def keep(self, hashes: list[bytes]) -> None:
+        hit = self._index.match(hashes)
+        (table,) = self._index.acquire(hashes[:hit])
+        slots = self._index.allocate(0, len(hashes) - hit)
+        assert slots is not None, "nothing else is in use"
+        parent = hashes[hit - 1] if hit else _ROOT
+        self._index.insert(parent, hashes[hit:], [slots], hit)
+        self._index.release(0, table + slots)
+
+
 class _Replica:
-    def __init__(self, name: str, trace: Trace, options: PlacementOptions) -> None:
+    def __init__(
+        self, name: str, trace: Trace, options: PlacementOptions, tiers: list[_Tier]
+    ) -> None:
         self.name = name
-        self.num_pages = options.room_tokens // trace.block_tokens
-        group = LayerGroup("full", (0,), kv_heads=1, head_dim=1)
         block_tokens = trace.block_tokens
-        self.index = PageIndex([group], [self.num_pages + 1], block_tokens, feed=True)
+        self.index = _make_index(options.room_tokens, block_tokens, feed=True)
+        self.tiers = tiers
+        """The nearest first."""
         self.feed = PageFeed()
         self.waiting: deque[_Request] = deque()
         self.running: _Request | None = None
@@ -94,15 +139,21 @@ class _Replica:
         """The next one that waits."""
         self.running = request = self.waiting.popleft()
         hashes = request.hashes
-        self._hit = self.index.match(hashes)
-        cached = self._cached(request, self._hit)
+        self._hit = found = self.index.match(hashes)
+        cached, load_s = self._cached(request, found), 0.0
+        for tier in self.tiers:
+            found = max(found, tier.match(hashes))
+            loaded = self._cached(request, found) - cached
+            tier.hit_tokens += loaded
+            cached += loaded
+            load_s += loaded / tier.tokens_per_s
         (self._table,) = self.index.acquire(hashes[: self._hit])
         slots = self.index.allocate(0, len(hashes) - self._hit)
         assert slots is not None, "nothing else is in use"
         self._table += slots
         self.hit_tokens += cached
         self.computed += request.num_tokens - cached
-        self.ends_at = now + (request.num_tokens - cached) / self._speed
+        self.ends_at = now + load_s + (request.num_tokens - cached) / self._speed
 
     def end(self) -> _Request:
         request, self.running = self.running, None
@@ -111,6 +162,8 @@ class _Replica:
         parent = hashes[hit - 1] if hit else _ROOT
         self.index.insert(parent, hashes[hit:], [self._table[hit:]], hit)
         self.index.release(0, self._table)
+        for tier in self.tiers:
+            tier.keep(hashes)
         return request
 
     def _cached(self, request: _Request, num_pages: int) -> int:
@@ -142,12 +195,15 @@ def simulate_placement(
     on_request: Callable[[int], None] = lambda done: None,
 ) -> PlacementRow:
     """`on_request` is called now and then, with the requests placed. Raises BenchError."""
-    longest = max(len(request.blocks) for request in trace.requests)
-    if longest * trace.block_tokens > options.room_tokens:
-        raise BenchError(
-            f"--room: found {options.room_tokens} tokens, expected at least "
-            f"{longest * trace.block_tokens}, for the longest prompt"
-        )
+    longest = max(len(request.blocks) for request in trace.requests) * trace.block_tokens
+    rooms = {"--room": options.room_tokens}
+    rooms |= {"--host-room": options.host_room_tokens} if options.host_room_tokens else {}
+    rooms |= {"--storage-room": options.storage_room_tokens} if options.storage_room_tokens else {}
+    for key, room in rooms.items():
+        if longest > room:
+            raise BenchError(
+                f"{key}: found {room} tokens, expected at least {longest}, for the longest prompt"
+            )
     return _Simulation(trace, policy, options).run(on_request)
 
 
@@ -157,15 +213,26 @@ class _Simulation:
         self._policy: Policy = policy
         self._options = options
         self._router = Router(1, policy, trace.block_tokens, seed=str(options.seed))
-        self._replicas = {
-            name: _Replica(name, trace, options)
-            for name in (f"prefill-{number}" for number in range(options.replicas))
-        }
+        self._hosts, self._storage = self._make_tiers()
+        self._replicas: dict[str, _Replica] = {}
+        for number in range(options.replicas):
+            host = number // options.host_replicas
+            tiers = self._hosts[host : host + 1] + self._storage
+            name = f"prefill-{number}"
+            self._replicas[name] = _Replica(name, trace, options, tiers)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         """A heap; each is called with its time."""
         self._order = itertools.count()
         self._num_arrived = 0
         self._ttfts: list[float] = []
+
+    def _make_tiers(self) -> tuple[list[_Tier], list[_Tier]]:
+        options, block_tokens = self._options, self._trace.block_tokens
+        num_hosts = -(-options.replicas // options.host_replicas)
+        rooms = [options.host_room_tokens] * num_hosts if options.host_room_tokens else []
+        hosts = [_Tier(room, block_tokens, options.host_tokens_per_s) for room in rooms]
+        rooms = [options.storage_room_tokens] if options.storage_room_tokens else []
+        return hosts, [_Tier(room, block_tokens, options.storage_tokens_per_s) for room in rooms]
 
     def run(self, on_request: Callable[[int], None]) -> PlacementRow:
         router, trace = self._router, self._trace
@@ -194,11 +261,16 @@ class _Simulation:
             policy=self._policy,
             tokens_per_s=self._options.tokens_per_s,
             hit_rate=sum(replica.hit_tokens for replica in replicas) / self._trace.num_tokens,
+            host_hit_rate=self._hit_rate(self._hosts),
+            storage_hit_rate=self._hit_rate(self._storage),
             max_over_mean=max(computed) * len(computed) / sum(computed),
             ttft_mean_s=sum(ttfts) / len(ttfts),
             ttft_p99_s=percentile(ttfts, 99),
             computed_tokens=tuple(computed),
         )
+
+    def _hit_rate(self, tiers: list[_Tier]) -> float:
+        return sum(tier.hit_tokens for tier in tiers) / self._trace.num_tokens
 
     def _run_until(self, time: float) -> None:
         while self._events and self._events[0][0] <= time:

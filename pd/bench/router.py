@@ -327,6 +327,9 @@ def run_placement_bench(
         "tokens": trace.num_tokens,
         "replicas": options.replicas,
         "room": f"{options.room_tokens} tokens in the device tier of each, eviction lru",
+        "host": _tier(options.host_room_tokens, options.host_tokens_per_s)
+        + (f", by {options.host_replicas} replicas" if options.host_room_tokens else ""),
+        "storage": _tier(options.storage_room_tokens, options.storage_tokens_per_s),
         "load": "prompt tokens computed by a replica",
         "seed": options.seed,
     }
@@ -339,11 +342,15 @@ def run_placement_bench(
     return report
 
 
+def _tier(room_tokens: int, tokens_per_s: float) -> str:
+    return f"{room_tokens} tokens, {tokens_per_s:,.0f} a second" if room_tokens else "none"
+
+
 def print_placement_report(report: PlacementReport, console: Console) -> None:
     for key, value in report.conditions.items():
         console.print(f"[dim]{key:>10}[/dim]  {value}", highlight=False)
     console.print()
-    table = Table("tokens/s", "policy", "hit rate", "max / mean", "TTFT mean", "TTFT p99")
+    table = Table("tokens/s", "policy", "hit rate", "host", "storage", "max / mean", "TTFT", "p99")
     table.box = None
     table.pad_edge = False
     for column in (table.columns[0], *table.columns[2:]):
@@ -353,13 +360,16 @@ def print_placement_report(report: PlacementReport, console: Console) -> None:
             f"{row.tokens_per_s:,.0f}",
             row.policy,
             f"{row.hit_rate:.4f}",
+            f"{row.host_hit_rate:.4f}",
+            f"{row.storage_hit_rate:.4f}",
             f"{row.max_over_mean:.4f}",
             f"{row.ttft_mean_s:.3f} s",
             f"{row.ttft_p99_s:.3f} s",
         )
     console.print(table)
     console.print(
-        "\ntokens/s: that a replica computes; hit rate: prompt tokens found cached; max / mean: of "
-        "the tokens that each replica computed; TTFT: waiting and computing",
+        "\ntokens/s: that a replica computes; hit rate: prompt tokens found cached in any tier, and "
+        "in these; max / mean: of the tokens that each replica computed; TTFT: waiting, loading and "
+        "computing, mean and p99",
         style="dim",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -68,6 +69,23 @@ def test_conversations_stay_where_they_are() -> None:
     for row in rows.values():
         assert sum(row.computed_tokens) == round((1 - row.hit_rate) * trace.num_tokens)
         assert row.max_over_mean >= 1
+
+
+def test_what_tiers_add() -> None:
+    """Spread out turns find in a tier that all share what they would have found where they were."""
+    trace = parse_trace(conversations(13, 6), 4)
+    alone = PlacementOptions(replicas=4, room_tokens=400, tokens_per_s=50.0)
+    host = dataclasses.replace(alone, host_room_tokens=10_000, host_replicas=2)
+    storage = dataclasses.replace(alone, storage_room_tokens=10_000)
+    both = dataclasses.replace(host, storage_room_tokens=10_000)
+    rows = [simulate_placement(trace, "round_robin", each) for each in (alone, host, storage, both)]
+    rates = [row.hit_rate for row in rows]
+    assert rates[0] < rates[1] < rates[2] == rates[3]
+    assert [row.host_hit_rate > 0 for row in rows] == [False, True, False, True]
+    assert [row.storage_hit_rate > 0 for row in rows] == [False, False, True, True]
+    for row in rows:
+        assert sum(row.computed_tokens) == round((1 - row.hit_rate) * trace.num_tokens)
+    assert rows[2].ttft_mean_s < rows[0].ttft_mean_s
 
 
 def test_it_ends_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
