@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from pd import rank
 from pd.messages import AnyMessage, RankOrder, RankReport
 from pd.node import Member, Node, NodeConfig
 from pd.rank import RankEvent, RankFailed, RankWorker
-from pd.spec import replica_role
+from pd.spec import Role, replica_role
 
 log = logging.getLogger("pagerelay")
 
@@ -34,6 +35,13 @@ class RankNode(Node):
         await loop.run_in_executor(worker.compute, worker.start, folder, self.meeting)
         facts = {"rank": worker.name, "pid": str(os.getpid()), "host": socket.gethostname()}
         return Member(self.name, "rank", self.incarnation, "", facts=facts)
+
+    def turn(self, role: Role, leader: Member) -> Member:
+        """Its replica serves in another role; the leader has another incarnation."""
+        self.config = dataclasses.replace(self.config, role=role)
+        self._members[leader.name] = leader
+        assert self.member is not None
+        return self.member
 
     def _on_event(self, event: RankEvent) -> None:
         """On any thread."""

@@ -8,9 +8,11 @@ who watches the node ends its processes.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import os
+import secrets
 import socket
 import time
 from collections import Counter
@@ -57,7 +59,7 @@ from pd.rank import (
     RankWorker,
     endpoint,
 )
-from pd.spec import replica_role
+from pd.spec import Role, replica_role
 from pd.team import Team
 from transfer.plan import PairPlan
 from transfer.topology import ReplicaLayout
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from pd.publishing import KvEvents
 
 log = logging.getLogger("pagerelay")
+
+_POLL_S = 0.01
 
 
 class ReplicaNode(Node):
@@ -96,6 +100,20 @@ class ReplicaNode(Node):
         if self.spec.cache.events.publish:
             member.facts.update(self._publish_events())
         return member
+
+    async def turn(self, role: Role) -> Member:
+        """Drained: forget all peers, and serve in another role as if just started, but for what is
+        loaded and cached."""
+        ranks = [each for each in self._members.values() if each.role == "rank"]
+        self.set_members(ranks, "it changes its role")
+        while any(self._untold.values()):  # the caller has a deadline  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+        self.config = dataclasses.replace(self.config, role=role)
+        self.incarnation = secrets.randbits(64)
+        self.is_draining = False
+        assert self.member is not None
+        self.member = msgspec.structs.replace(self.member, role=role, incarnation=self.incarnation)
+        return self.member
 
     def make_meeting(self) -> tuple[str, int]:
         """Where this replica's ranks find each other: (host, port)."""

@@ -4,6 +4,10 @@
 the wanted one (a changed spec) are replaced one after the other in each role: a successor is
 started beside them, and one of them is drained when it runs. Where there is no room for one more,
 the predecessor goes first, as long as another one serves.
+
+Where one role wants fewer and another one more, and their specs differ in nothing but the numbers,
+their versions are the same: replicas change their role, with weights, pools and caches, instead of
+being ended and started.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ class Replica:
     finds_no_room: bool = False
     """Has been waiting for resources for so long that there seem to be none."""
     num_requests: int = 0
+    becomes: Role | None = None
+    """What it serves as when it is drained, instead of ending."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +51,15 @@ class Drain:
     reason: str
 
 
-Action: TypeAlias = Start | Drain
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """Drain it, unless it does, and let it serve in another role then."""
+
+    name: str
+    role: Role
+
+
+Action: TypeAlias = Start | Drain | Turn
 _CHANGED, _FEWER = "its spec has changed", "fewer are wanted"
 
 
@@ -70,14 +84,44 @@ def plan_rollout(
     """`desired` and `versions`: by role, of the spec's roles; replicas of other roles are drained,
     once one of each role that is wanted runs."""
     actions: list[Action] = []
+    replicas = [
+        each
+        if each.becomes is None
+        else dataclasses.replace(each, role=each.becomes, is_running=False, is_draining=False)
+        for each in replicas
+    ]
+    names = {replica.name for replica in replicas}
     roles = {*desired, *(replica.role for replica in replicas)}
     if not all(_serves(role, replicas) for role, wanted in desired.items() if wanted):
         roles -= {replica.role for replica in replicas} - desired.keys()
     for role in sorted(roles):
         of_role = [r for r in replicas if r.role == role]
         wanted = desired.get(role, 0)
-        actions += _plan_role(role, of_role, wanted, versions.get(role, ""))
-    return actions
+        actions += _plan_role(role, of_role, wanted, versions.get(role, ""), names)
+    return _with_turns(actions, replicas, versions)
+
+
+def _with_turns(
+    actions: list[Action], replicas: Sequence[Replica], versions: Mapping[Role, str]
+) -> list[Action]:
+    """Those that leave serve as those that are to be started, where they can."""
+    drained = {action.name for action in actions if isinstance(action, Drain)}
+    leaving = [r for r in replicas if r.is_running and (r.is_draining or r.name in drained)]
+    turns: dict[str, Role] = {}
+    planned: list[Action] = []
+    for action in actions:
+        if isinstance(action, Start):
+            for each in leaving:
+                is_same = each.version == versions[action.role] and each.role != action.role
+                if is_same and each.name not in turns:
+                    turns[each.name] = action.role
+                    break
+            else:
+                planned.append(action)
+        else:
+            planned.append(action)
+    kept = [each for each in planned if not (isinstance(each, Drain) and each.name in turns)]
+    return [*kept, *(Turn(name, role) for name, role in turns.items())]
 
 
 def _serves(role: Role, replicas: Sequence[Replica]) -> bool:
@@ -87,7 +131,9 @@ def _serves(role: Role, replicas: Sequence[Replica]) -> bool:
     )
 
 
-def _plan_role(role: Role, replicas: Sequence[Replica], wanted: int, version: str) -> list[Action]:
+def _plan_role(
+    role: Role, replicas: Sequence[Replica], wanted: int, version: str, names: set[str]
+) -> list[Action]:
     kept = [r for r in replicas if not r.is_draining]
     stale = [r for r in kept if r.version != version]
     current = [r for r in kept if r.version == version]
@@ -97,7 +143,7 @@ def _plan_role(role: Role, replicas: Sequence[Replica], wanted: int, version: st
     num_running = len(kept) - len(coming)
     limit = wanted + (1 if stale and wanted else 0)
     if len(kept) < wanted:
-        return [Start(role, name) for name in _free_names(role, replicas, wanted - len(kept))]
+        return [Start(role, name) for name in _free_names(role, names, wanted - len(kept))]
     if len(kept) > limit:
         if coming:
             return [Drain(coming[-1].name, _FEWER)]
@@ -112,7 +158,7 @@ def _plan_role(role: Role, replicas: Sequence[Replica], wanted: int, version: st
         return []
     if coming or len(kept) < len(replicas):
         return []
-    return [Start(role, name) for name in _free_names(role, replicas, 1)]
+    return [Start(role, name) for name in _free_names(role, names, 1)]
 
 
 def _least_useful(replicas: Sequence[Replica]) -> str:
@@ -120,7 +166,7 @@ def _least_useful(replicas: Sequence[Replica]) -> str:
     return min(reversed(replicas), key=lambda replica: replica.num_requests).name
 
 
-def _free_names(role: Role, replicas: Sequence[Replica], count: int) -> list[str]:
-    taken = {replica.name for replica in replicas}
+def _free_names(role: Role, taken: set[str], count: int) -> list[str]:
+    """Replicas of another role may have such a name."""
     names = (f"{role}-{number}" for number in itertools.count())
     return list(itertools.islice((name for name in names if name not in taken), count))

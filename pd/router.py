@@ -625,9 +625,9 @@ class _Measured:
         self.values = np.zeros(num_rows)
         self.num_known = 0
         self._mean = 0.0
-        self._filled: _Floats | None = None
-        """None: to be made anew, and the others."""
-        self._at_least_mean = self.values
+        self._filled = self._at_least_mean = self.values
+        self._is_stale = True
+        """The mean and these two are to be made anew."""
         self._num_told = 0
 
     def put(self, row: int, value: float) -> None:
@@ -636,32 +636,32 @@ class _Measured:
         self.num_known += (value > 0) - int(was_known)
         self._num_told += 1
         if was_known and value > 0 and self._num_told * _MEAN_OF < self.num_known:
-            if self._filled is not None:
+            if not self._is_stale:
                 self._filled[row] = value
                 self._at_least_mean[row] = max(value, self._mean)
         elif was_known or value > 0:
-            self._filled = None
+            self._is_stale = True
 
     def mean(self, unknown: float) -> float:
-        if self._filled is None:
+        if self._is_stale:
             self._fill()
         return self._mean if self.num_known else unknown
 
     def or_mean(self, unknown: float) -> _Floats:
         """For unknown ones the mean of the others, or `unknown` if there is none. Not to be written
         to."""
-        if self._filled is None:
+        if self._is_stale:
             self._fill()
         return self._filled if self.num_known else np.full(len(self.values), unknown)
 
     def at_least_mean(self) -> _Floats:
         """Not to be written to."""
-        if self._filled is None:
+        if self._is_stale:
             self._fill()
         return self._at_least_mean
 
     def _fill(self) -> None:
-        self._num_told = 0
+        self._num_told, self._is_stale = 0, False
         self._mean = float(self.values.sum() / self.num_known) if self.num_known else 0.0
         self._filled = np.where(self.values > 0, self.values, self._mean)
         self._at_least_mean = np.maximum(self._filled, self._mean)

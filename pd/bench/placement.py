@@ -6,9 +6,9 @@ of arrival, at a fixed speed; a prompt is matched when its turn comes, and its p
 index when it is done. There is one decode replica, which takes no time. Reports come every half
 second from each replica, in turns, changes of pages when the feed gives them, and both without
 delay. One page is one block of the trace, one layer group with full attention, eviction by last
-use. There may be host tiers, each shared by some replicas, and a storage tier shared by all: what is
-computed is kept there at once, what is not in the nearer ones is loaded from there at a fixed speed.
-The router knows of neither.
+use. There may be host tiers, each shared by some replicas, and a storage tier shared by all: what
+is computed is kept there at once, what is not in the nearer ones is loaded from there at a fixed
+speed. The router knows of neither.
 
 Load is what a replica has computed: prompt tokens that it did not find in any tier. Time to first
 token is waiting, loading and computing.

@@ -368,8 +368,8 @@ def print_placement_report(report: PlacementReport, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "\ntokens/s: that a replica computes; hit rate: prompt tokens found cached in any tier, and "
-        "in these; max / mean: of the tokens that each replica computed; TTFT: waiting, loading and "
-        "computing, mean and p99",
+        "\ntokens/s: that a replica computes; hit rate: prompt tokens found cached, in any tier "
+        "and in these; max / mean: of the tokens that each replica computed; TTFT: waiting, "
+        "loading and computing, mean and p99",
         style="dim",
     )

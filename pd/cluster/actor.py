@@ -23,7 +23,7 @@ from pd.messages import ReplicaLoad
 from pd.node import Member, Node, NodeConfig, Order
 from pd.rank_node import RankNode
 from pd.replica_node import ReplicaNode
-from pd.spec import ClusterSpec
+from pd.spec import ClusterSpec, Role
 
 log = logging.getLogger("pagerelay")
 
@@ -136,6 +136,19 @@ class NodeActor:
         finally:
             self._asked = time.monotonic()
             self._watch = asyncio.create_task(self._end_without_controller())
+
+    async def turn(
+        self, role: Role, leader: tuple[Member, ProcessId] | None = None
+    ) -> tuple[Member, ProcessId]:
+        """Of a rank of a replica that is drained: serve in this role from now on; the others have
+        been told that it has left, and are told then that it has come. `leader`: what the first
+        rank's returned."""
+        node = self._node
+        if isinstance(node, ReplicaNode):
+            return await node.turn(role), own_id()
+        assert isinstance(node, RankNode)
+        assert leader is not None
+        return node.turn(role, leader[0]), own_id()
 
     async def set_members(self, own: list[Member], others: list[Member], reason: str) -> None:
         """`own`: the other ranks of its replica."""

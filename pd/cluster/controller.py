@@ -27,7 +27,7 @@ from pd.cluster.launcher import CAUSE_S, Launcher, Network, Progress, is_alive
 from pd.cluster.unit import Phase, Process, StartError, Unit
 from pd.node import Order
 from pd.planner import Observed, Planner, bounds_of
-from pd.rollout import Drain, Replica, Start, plan_rollout, version_of
+from pd.rollout import Drain, Replica, Start, Turn, plan_rollout, version_of
 from pd.spec import ClusterSpec, Role, SpecError, parse_spec, replica_role
 
 _WATCH_S = 0.5
@@ -419,9 +419,14 @@ class Controller:
                     unit = Unit(name, role, version=self._versions[role], since=now)
                     self._units.append(unit)
                 case Drain(name, reason):
-                    unit = next(each for each in self._units if each.name == name)
-                    self._begin_draining(unit, reason)
+                    self._begin_draining(self._unit(name), reason)
+                case Turn(name, role):
+                    self._begin_draining(self._unit(name), f"{role} needs it")
+                    self._unit(name).becomes = role
         self._place_keepers()
+
+    def _unit(self, name: str) -> Unit:
+        return next(each for each in self._units if each.name == name)
 
     def _as_replica(self, unit: Unit, now: float) -> Replica:
         role = replica_role(unit.role)
@@ -435,6 +440,7 @@ class Controller:
             unit.is_draining,
             unit.phase is Phase.PLACING and now > unit.began + _NO_ROOM_S,
             load.running + load.waiting + load.handovers_in if load is not None else 0,
+            unit.becomes,
         )
 
     def _place_keepers(self) -> None:
@@ -471,7 +477,12 @@ class Controller:
     # --------------------------------------------------------------------------------------- drains
 
     def _begin_draining(self, unit: Unit, reason: str) -> None:
-        self._by_hand.discard(unit.name)
+        if unit.is_draining:
+            unit.becomes = None  # but ends
+            return
+        if unit.name in self._by_hand:
+            self._by_hand.discard(unit.name)
+            unit.version = ""
         is_running = unit.is_running
         unit.draining_since, unit.idle_reports = time.monotonic(), 0
         self._progress(f"{unit.name}: {'drains' if is_running else 'ends'}: {reason}")
@@ -494,11 +505,21 @@ class Controller:
             return
         if not is_done:
             self._progress(f"{unit.name}: is still busy after {took:.0f} s (timeouts.drain)")
+        if is_done and unit.becomes is not None:
+            self._turn(unit, unit.becomes, took)
+            return
         stopping = [each.actor.stop.remote() for each in unit.processes]
         ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
         if self._end(unit):
             self._announce("it was drained")
             self._progress(f"{unit.name}: ended, drained after {took:.1f} s")
+
+    def _turn(self, unit: Unit, role: Role, took_s: float) -> None:
+        """It is known again when it is ready, as one of the other role."""
+        self._progress(f"{unit.name}: drained after {took_s:.1f} s, becomes {role}")
+        unit.phase = Phase.STARTING
+        self._announce("it changes its role")
+        self._launcher.begin_turning(unit, role)
 
     def _is_source(self, name: str) -> bool:
         """Whether pages there are still wanted elsewhere."""

@@ -44,7 +44,7 @@ from pd.cluster.unit import Phase, Process, StartError, Unit
 from pd.node import NodeConfig
 from pd.rank import endpoint
 from pd.rollout import version_of
-from pd.spec import ClusterSpec, RoleSpec, SpecError, replica_role
+from pd.spec import ClusterSpec, Role, RoleSpec, SpecError, replica_role
 
 CAUSE_S = 2.0
 """So long a rank's death may come after the errors that it makes in other ranks."""
@@ -143,6 +143,18 @@ class Launcher:
         for process in unit.processes:
             process.starting = process.actor.start.remote(*([first.meeting] if count > 1 else []))
 
+    def begin_turning(self, unit: Unit, role: Role) -> None:
+        """Of a replica that is drained, and that no other process knows any more."""
+        unit.phase, unit.began, unit.problem = Phase.STARTING, time.monotonic(), None
+        unit.role = role
+        unit.draining_since = unit.becomes = None
+        unit.was_running = False
+        leader = None
+        for process in unit.processes:
+            process.member = process.report = process.last_report = None
+            process.starting = process.actor.turn.remote(role, *([leader] if leader else []))
+            leader = leader or process.starting
+
     def _create(self, unit: Unit, process: Process, spec: ClusterSpec) -> Any:
         config = NodeConfig(
             process.name,
@@ -222,7 +234,8 @@ class Launcher:
         except ray.exceptions.RayActorError as error:
             cause = str(error).strip().splitlines()[-1].strip()
             raise StartError(f"{process.name}: its process died while starting: {cause}") from error
-        process.ended = process.actor.ended.remote()
+        if process.ended is None:
+            process.ended = process.actor.ended.remote()
         facts = ", ".join(f"{k} {v}" for k, v in process.member.facts.items())
         self._progress(f"{process.name}: ready ({facts})")
         if unit.role is None:

@@ -10,7 +10,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pd.cluster.actor import ProcessId, Report
 from pd.node import Member
-from pd.spec import MemberRole
+from pd.spec import MemberRole, Role
 
 
 class StartError(RuntimeError):
@@ -53,7 +53,8 @@ class Phase(enum.Enum):
 class Unit:
     """What lives and dies together: a replica with all its ranks, a keeper, an API server.
 
-    ABSENT -> PLACING -> STARTING -> RUNNING -> ABSENT; from each back to ABSENT when it fails.
+    ABSENT -> PLACING -> STARTING -> RUNNING -> ABSENT; from each back to ABSENT when it fails. One
+    that changes its role goes back to STARTING.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Unit:
     """It has been running, or missing."""
     was_running: bool = False
     draining_since: float | None = None
+    becomes: Role | None = None
+    """What it serves as when it is drained."""
     idle_reports: int = 0
     """In a row, since it drains."""
 

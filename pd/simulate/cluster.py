@@ -2,16 +2,16 @@
 
 Real, the very code that serves: the router with its page map, each replica's leader (scheduler,
 page index, handovers with all their messages) and page feed, token by token, and the planner where
-a role's number of replicas has bounds. Modelled, by a
-`Profile`: how long steps, writes, messages and the API take. The token sampled is always 0, and
-what a request generates is its own: no later prompt continues it, as traces do not say which do.
+a role's number of replicas has bounds. Modelled, by a `Profile`: how long steps, writes, messages
+and the API take. The token sampled is always 0, and what a request generates is its own: no later
+prompt continues it, as traces do not say which do.
 
-Not modelled: tiers below the device, faults, a client that leaves, what ranks of one replica say to
-each other (a step's time has it), more than one API process. A link carries one write at a time,
-in each direction, in the order in which they were posted, where the mover lets handovers take
-turns. A leader ticks and reports twice a second, at a time of its own, while it has anything to do
-or to tell; a node ticks ten times a second. Leaders hear of each other when they first have a
-request in common.
+Not modelled: tiers below the device, faults, a client that leaves, changes of role (one replica
+ends, another one starts), what ranks of one replica say to each other (a step's time has it), more
+than one API process. A link carries one write at a time, in each direction, in the order in which
+they were posted, where the mover lets handovers take turns. A leader ticks and reports twice a
+second, at a time of its own, while it has anything to do or to tell; a node ticks ten times a
+second. Leaders hear of each other when they first have a request in common.
 """
 
 from __future__ import annotations

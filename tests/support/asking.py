@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -58,11 +58,18 @@ def keep_asking(
     assert answered
 
 
-def short_request(cluster: Cluster) -> Callable[[random.Random], tuple[list[int], list[int]]]:
-    """Up to 200 tokens in and 60 out, not streamed."""
+def short_request(
+    cluster: Cluster, text: Sequence[int] | None = None
+) -> Callable[[random.Random], tuple[list[int], list[int]]]:
+    """Up to 200 tokens in, of `text` or any, and 60 out, not streamed."""
 
     def ask(rng: random.Random) -> tuple[list[int], list[int]]:
-        prompt = [rng.randrange(256) for _ in range(rng.randrange(5, 200))]
+        length = rng.randrange(5, 200)
+        if text is None:
+            prompt = [rng.randrange(256) for _ in range(length)]
+        else:
+            begin = rng.randrange(len(text) - length)
+            prompt = list(text[begin : begin + length])
         return prompt, cluster.complete(prompt, rng.randrange(1, 60)).tokens
 
     return ask

@@ -68,10 +68,13 @@ def reference(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 @asynccontextmanager
 async def cluster(
-    spec: ClusterSpec, sockets: str, replicas: tuple[str, ...] = ("prefill-0", "decode-0")
+    spec: ClusterSpec,
+    sockets: str,
+    replicas: tuple[str, ...] = ("prefill-0", "decode-0"),
+    ranks: dict[str, list[RankNode]] | None = None,
 ) -> AsyncIterator[list[Node]]:
     """[client, prefill-0, decode-0], or other replicas, and, where the spec has a host tier,
-    cache-0."""
+    cache-0. `ranks` gets each replica's, all but the first."""
     curve = None if sockets else zmq.curve_keypair()
     roles: dict[str, MemberRole | None] = {"api-0": None}
     for name in replicas:
@@ -79,8 +82,7 @@ async def cluster(
     if spec.cache.host is not None:
         roles["cache-0"] = "cache"
     nodes: list[Node] = []
-    ranks: dict[str, list[RankNode]] = {}
-    """By replica, all but the first."""
+    ranks = {} if ranks is None else ranks
     role_specs = dict(spec.roles.items())
     for name, role in roles.items():
         kind = ClientNode if role is None else CacheNode if role == "cache" else ReplicaNode

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd.rollout import Drain, Replica, Start, plan_rollout, version_of
+from pd.rollout import Drain, Replica, Start, Turn, plan_rollout, version_of
 from pd.spec import ClusterSpec
 
 
@@ -67,6 +67,82 @@ def test_all_that_wait_with_an_old_version_end_at_once() -> None:
     there = [replica(f"decode-{n}", is_running=False) for n in range(3)]
     actions = plan_rollout(there, {"decode": 3}, {"decode": "2"})
     assert [action.name for action in actions] == ["decode-0", "decode-1", "decode-2"]
+
+
+def test_what_one_role_can_spare_serves_in_the_other() -> None:
+    there = [replica("prefill-0"), replica("prefill-1"), replica("decode-0")]
+    desired, same = {"prefill": 1, "decode": 2}, {"prefill": "1", "decode": "1"}
+    assert plan_rollout(there, desired, same) == [Turn("prefill-1", "decode")]
+    there[1] = dataclasses.replace(there[1], is_draining=True)
+    assert plan_rollout(there, desired, same) == [Turn("prefill-1", "decode")]
+    there[1] = dataclasses.replace(there[1], becomes="decode")
+    assert plan_rollout(there, desired, same) == []
+    fewer = {"prefill": 1, "decode": 1}
+    assert plan_rollout(there, fewer, same) == [Drain("prefill-1", "fewer are wanted")]
+
+
+def test_roles_of_other_specs_do_not_change_places() -> None:
+    there = [replica("prefill-0"), replica("prefill-1"), replica("decode-0", "2")]
+    assert plan_rollout(there, {"prefill": 1, "decode": 2}, {"prefill": "1", "decode": "2"}) == [
+        Start("decode", "decode-1"),
+        Drain("prefill-1", "fewer are wanted"),
+    ]
+
+
+def test_a_name_that_a_turned_replica_has_is_taken() -> None:
+    there = [dataclasses.replace(replica("prefill-0"), role="decode")]
+    assert plan_rollout(there, {"prefill": 1}, {"prefill": "1", "decode": "2"}) == [
+        Start("prefill", "prefill-1")
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=6),
+    choices=st.lists(st.integers(0, 10), max_size=40),
+)
+def test_replicas_turn_until_the_roles_have_what_they_want(
+    counts: list[tuple[int, int]], choices: list[int]
+) -> None:
+    """The roles want these numbers, one pair after the other; nothing starts while something that
+    is draining could serve."""
+    versions = {"prefill": "1", "decode": "1"}
+    (first, *later), there = counts, {}
+    for role, count in zip(("prefill", "decode"), first, strict=True):
+        there |= {f"{role}-{n}": replica(f"{role}-{n}") for n in range(count)}
+    moves = choices + list(range(60))
+    for number, choice in enumerate(moves):
+        at = min(number * (len(later) + 4) // len(moves), len(later) - 1)
+        desired = dict(zip(("prefill", "decode"), later[at], strict=True))
+        for action in plan_rollout(list(there.values()), desired, versions):
+            one = there.get(action.name)
+            match action:
+                case Start(role, name):
+                    assert one is None
+                    assert not [r for r in there.values() if r.is_draining and not r.becomes]
+                    fields = {"is_running": False, "role": role}
+                    there[name] = dataclasses.replace(replica(name), **fields)
+                case Turn(name, role):
+                    assert one is not None
+                    assert one.role != role
+                    assert one.is_running
+                    there[name] = dataclasses.replace(one, is_draining=True, becomes=role)
+                case Drain(name) if one is not None and one.is_running:
+                    there[name] = dataclasses.replace(one, is_draining=True, becomes=None)
+                case Drain(name):
+                    del there[name]
+        moving = [r for r in there.values() if r.is_draining or not r.is_running]
+        if moving:
+            one = moving[choice % len(moving)]
+            if one.is_draining and one.becomes is None:
+                del there[one.name]
+            else:
+                done = {"is_running": True, "is_draining": False, "becomes": None}
+                role = one.becomes or one.role
+                there[one.name] = dataclasses.replace(one, role=role, **done)
+    roles = [r.role for r in there.values() if r.is_running and not r.is_draining]
+    assert {role: roles.count(role) for role in desired} == desired
+    assert len(roles) == len(there)
 
 
 class World:
