@@ -16,7 +16,7 @@ from transfer.layout import LayerGroup
 LATENT = LayerGroup("latent", (0,), 1, 1)
 SLIDING = LayerGroup("sliding", (0,), 1, 1, window=10)
 NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-HIT_SEEDS = range(30)
+HIT_SEEDS = range(12)
 FAULT_SEEDS = range(45)
 WRITES = ("write_through", "write_through_selective", "write_back")
 
@@ -157,9 +157,9 @@ def test_conversations_find_their_pages_in_the_host_tier_and_in_storage() -> Non
             error.add_note(f"seed {seed}")
             raise
         num_in, num_read, num_tokens = num_in + one_in, num_read + one_read, num_tokens + one_tokens
-    assert num_in > 200
-    assert num_read > 100
-    assert num_tokens > 500
+    assert num_in > 80
+    assert num_read > 40
+    assert num_tokens > 200
 
 
 @pytest.mark.parametrize("seed", range(8))

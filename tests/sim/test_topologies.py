@@ -154,10 +154,10 @@ def run_with_a_host_tier(seed: int) -> int:
 
 def test_replicas_of_any_topology_share_a_host_tier() -> None:
     num_in = 0
-    for seed in range(25):
+    for seed in range(10):
         try:
             num_in += run_with_a_host_tier(seed)
         except Exception as error:
             error.add_note(f"seed {seed}")
             raise
-    assert num_in > 100
+    assert num_in > 40

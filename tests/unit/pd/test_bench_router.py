@@ -12,12 +12,17 @@ import pytest
 from rich.console import Console
 
 from hicache.replay import parse_trace
-from pd.bench import placement
+from pd.bench import placement, router
 from pd.bench.placement import PlacementOptions, simulate_placement
 from pd.bench.router import KINDS, WIDTH, RouterOptions, print_router_report, run_router_bench
 from pd.cli import main
 
 SMALL = RouterOptions(replicas=(2, 30), prompt_tokens=(2048,), pages=3000, decisions=60)
+
+
+@pytest.fixture(autouse=True)
+def few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "_MEMORY_PAGES", 10_000)
 
 
 def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
