@@ -32,7 +32,7 @@ from hicache.messages import pack_ints as pack_ints
 from hicache.messages import split_hashes as split_hashes
 from hicache.messages import unpack_ints as unpack_ints
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 PAGE_KEY_BYTES = 8
 """Of a page hash, in what leaders tell of their pages."""
 _MAGIC = b"PRLY"
@@ -379,6 +379,17 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """A keeper's gauges and counters, by name."""
 
 
+# ------------------------------------------------------------------------- between API processes
+
+
+class ApiFigures(Message, frozen=True, tag="api_figures"):
+    """So that any of those that listen at one address answers for all."""
+
+    in_flight: int
+    metrics: str
+    """Its own, as Prometheus reads them."""
+
+
 # ---------------------------------------------------------------- between API processes and keepers
 
 
@@ -443,6 +454,7 @@ AnyMessage = (
     | PagesHeld
     | PagesChanged
     | Heartbeat
+    | ApiFigures
     | CacheCommand
     | CacheAnswer
     | RankOrder

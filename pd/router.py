@@ -109,9 +109,10 @@ class ReplicaState:
 
 
 def make_router(spec: ClusterSpec, seed: str) -> Router:
+    """Of one of the API processes, to which the kernel gives like parts of the requests."""
     router = spec.router
     return Router(
-        router.max_queue,
+        -(-router.max_queue // spec.api.replicas),
         router.policy,
         spec.page_tokens,
         router.local_prefill_tokens,

@@ -390,7 +390,8 @@ class ApiSpec(SpecModel):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port, printed when ready."""
-    replicas: int = Field(default=1, ge=1, le=1)
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Processes that listen there, on the controller's host."""
     keys: tuple[Key, ...] = Field(default=(), strict=False)
     """Accepted bearer tokens; none here and in `tenants`: no authentication. `${NAME}` is an
     environment variable."""

@@ -7,6 +7,7 @@ import itertools
 from typing import Any, Literal
 
 from pd.api.metrics import ApiMetrics
+from pd.messages import ApiFigures
 from pd.node import Order
 
 _ANSWER_S = 30.0
@@ -23,11 +24,15 @@ class OrderError(Exception):
 
 
 class Admin:
-    def __init__(self) -> None:
+    def __init__(self, api: str = "api-0") -> None:
+        self.api = api
+        """The name of the API process."""
         self.state: dict[str, Any] = {}
         """What the controller told last."""
         self.metrics: ApiMetrics | None = None
         """Of the API server, whatever its spec."""
+        self.siblings: dict[str, ApiFigures] = {}
+        """Of the other API processes, as they told last."""
         self._serials = itertools.count(1)
         self._orders: list[Order] = []
         """That it has not taken yet."""

@@ -1,8 +1,9 @@
-"""Prometheus metrics of one API process: its requests, its replicas' last load reports, and the
+"""Prometheus metrics of an API process: its requests, its replicas' last load reports, and the
 keepers' last figures.
 
 Histograms and counters are updated as requests end; per-replica series are read from the router
-when scraped, so a replica that is gone has none. Everything is in a registry of its own.
+when scraped, so a replica that is gone has none. Of several API processes each has series of its
+own, with the label `api`, and any of them renders those of all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from pd.api.client import ClientCounters
@@ -99,8 +101,11 @@ class ApiMetrics:
             ["code"],
             registry=registry,
         )
-        registry.register(_ReplicaCollector(replicas, in_flight, counters))
-        registry.register(_KeeperCollector(keepers))
+        registry.register(_RequestCollector(in_flight, counters or ClientCounters()))
+        self._seen = CollectorRegistry()
+        """What all API processes see alike."""
+        self._seen.register(_ReplicaCollector(replicas))
+        self._seen.register(_KeeperCollector(keepers))
 
     def observe_request(
         self,
@@ -132,7 +137,17 @@ class ApiMetrics:
 
     def render(self) -> bytes:
         """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self._seen)
+
+    def render_own(self) -> str:
+        """Without what all API processes see."""
+        return generate_latest(self.registry).decode()
+
+    def render_all(self, own: str, siblings: Mapping[str, str]) -> bytes:
+        """`own`: the name of this API process; `siblings`: what others rendered, by theirs."""
+        together = CollectorRegistry()
+        together.register(_ApiCollector({own: self.render_own(), **siblings}))
+        return generate_latest(together) + generate_latest(self._seen)
 
 
 _GAUGES: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
@@ -213,16 +228,26 @@ _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
 }
 
 
-class _ReplicaCollector(Collector):
-    def __init__(
-        self,
-        replicas: Callable[[], list[ReplicaState]],
-        in_flight: Callable[[], int],
-        counters: ClientCounters | None,
-    ) -> None:
-        self._replicas = replicas
+class _ApiCollector(Collector):
+    """What API processes rendered, by their names."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        for api, text in sorted(self._texts.items()):
+            for each in text_string_to_metric_families(text):
+                new = Metric(each.name, each.documentation, each.type)
+                samples = found.setdefault(each.name, new).samples
+                samples += [s._replace(labels={**s.labels, "api": api}) for s in each.samples]
+        return found.values()
+
+
+class _RequestCollector(Collector):
+    def __init__(self, in_flight: Callable[[], int], counters: ClientCounters) -> None:
         self._in_flight = in_flight
-        self._counters = counters or ClientCounters()
+        self._counters = counters
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily(
@@ -239,6 +264,13 @@ class _ReplicaCollector(Collector):
             yield CounterMetricFamily(
                 f"pagerelay_requests_{name}", f"Requests {text}.", value=value
             )
+
+
+class _ReplicaCollector(Collector):
+    def __init__(self, replicas: Callable[[], list[ReplicaState]]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterable[Metric]:
         replicas = self._replicas()
         labels = ["replica", "role"]
         for name, (text, read) in _GAUGES.items():

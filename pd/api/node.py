@@ -5,18 +5,39 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pd.messages import AnyMessage
+from pd.messages import AnyMessage, ApiFigures
 from pd.node import Member, Node, Order
-from pd.spec import ClusterSpec, replica_role
+from pd.spec import ApiSpec, ClusterSpec, replica_role
+
+_FIGURES_S = 0.5
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import Receive, Scope, Send
 
     from pd.api.protocol import ModelInfo
+
+
+def listen(api: ApiSpec, *, is_shared: bool) -> socket.socket:
+    """Bound before anything is started, so that a port in use is an error at start-up; `is_shared`:
+    others that are so may be bound to it, too. Raises OSError."""
+    family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listener.bind((api.host, api.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"api.host, api.port: cannot listen on {api.host}:{api.port}: {error.strerror}"
+        ) from error
+    return listener
 
 
 class ApiNode(Node):
@@ -27,7 +48,7 @@ class ApiNode(Node):
         from pd.api.client import EngineClient
         from pd.router import make_router
 
-        self.admin = Admin()
+        self.admin = Admin(self.name)
 
         self._client = EngineClient(
             self.send,
@@ -38,7 +59,8 @@ class ApiNode(Node):
         self._server: uvicorn.Server | None = None
         self._info: ModelInfo | None = None
         self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
-        self._listener = self._listen()
+        self._tell_at = 0.0
+        self._listener = listen(self.spec.api, is_shared=self.spec.api.replicas > 1)
         host, port = self._listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         facts = {"url": url, "pid": str(os.getpid()), "host": socket.gethostname()}
@@ -48,20 +70,6 @@ class ApiNode(Node):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.model_folder())
-
-    def _listen(self) -> socket.socket:
-        """Bound before anything is started, so that a port in use is an error at start-up."""
-        api = self.spec.api
-        family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((api.host, api.port))
-        except OSError as error:
-            raise OSError(
-                f"api.host, api.port: cannot listen on {api.host}:{api.port}: {error.strerror}"
-            ) from error
-        return listener
 
     def set_members(self, members: list[Member], reason: str = "") -> None:
         super().set_members(members, reason)
@@ -129,7 +137,20 @@ class ApiNode(Node):
         return self.admin.take_orders()
 
     def received(self, sender: str, message: AnyMessage) -> None:
-        self._client.on_message(sender, message)
+        if isinstance(message, ApiFigures):
+            self.admin.siblings[sender] = message
+        else:
+            self._client.on_message(sender, message)
+
+    def tick(self) -> None:
+        """The other API processes hear of its figures."""
+        others = [member.name for member in self._members.values() if member.role is None]
+        metrics, now = self.admin.metrics, time.monotonic()
+        if others and metrics is not None and now >= self._tell_at:
+            self._tell_at = now + _FIGURES_S
+            own = ApiFigures(self._client.router.in_flight, metrics.render_own())
+            for name in others:
+                self.send(name, own)
 
     def member_joined(self, member: Member) -> None:
         if member.role == "cache":
@@ -139,9 +160,11 @@ class ApiNode(Node):
             self._client.on_peer_up(member.name, role, member.fingerprint, member.cohort)
 
     def member_left(self, member: Member, reason: str) -> None:
-        if member.role == "cache":
+        if member.role is None:
+            self.admin.siblings.pop(member.name, None)
+        elif member.role == "cache":
             self._client.caches.keeper_down(member.name, reason)
-        elif member.role is not None:
+        else:
             self._client.on_peer_down(member.name, reason)
 
     def member_draining(self, member: Member) -> None:

@@ -367,7 +367,12 @@ class _Server:
         return _json(body, 503 if missing else 200)
 
     async def render_metrics(self, request: Request) -> Response:
-        return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        siblings = {name: each.metrics for name, each in self._admin.siblings.items()}
+        if self._spec.api.replicas > 1:
+            text = self._metrics.render_all(self._admin.api, siblings)
+        else:
+            text = self._metrics.render()
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def status(self, request: Request) -> Response:
         replicas = [
@@ -384,8 +389,9 @@ class _Server:
         return _json(
             {
                 "model": self._model.name,
-                "in_flight": self._client.router.in_flight,
-                "max_queue": self._client.router.max_queue,
+                "in_flight": self._client.router.in_flight
+                + sum(each.in_flight for each in self._admin.siblings.values()),
+                "max_queue": self._spec.router.max_queue,
                 "replicas": replicas,
                 "controller": self._admin.state,
             }

@@ -42,10 +42,11 @@ _NO_ROOM_S = 10.0
 """Waiting for resources for so long, there seem to be none."""
 _IDLE_REPORTS = 2
 """Of a draining replica, one after the other: what was on its way to it has come."""
+_FIRST_API = "api-0"
 _DIED = "its process died"
 _FIXED = (
     *("name", "page_tokens", "network"),
-    *("model.path", "model.name", "model.chat_template"),
+    *("model.path", "model.name", "model.chat_template", "api.replicas"),
 )
 """What a reload cannot change; nor where the API listens, which the command line may have said."""
 
@@ -142,8 +143,9 @@ class Controller:
         self._use(self.spec, {role: kept.count(role) for role in self._desired})
         # What serves already is not ended because something else cannot start.
         self._is_starting = not self._units
-        if not any(unit.role is None for unit in self._units):
-            self._units.append(Unit("api-0", None))
+        there = {unit.name for unit in self._units}
+        apis = [f"api-{number}" for number in range(self.spec.api.replicas)]
+        self._units += [Unit(name, None) for name in apis if name not in there]
         self._reconcile()
         adopted = self._api_processes()
         while not self._is_ready():
@@ -284,7 +286,7 @@ class Controller:
         """Bring a unit that is missing one step further."""
         now = time.monotonic()
         try:
-            if unit.phase is Phase.ABSENT and now >= unit.retry_at:
+            if unit.phase is Phase.ABSENT and now >= unit.retry_at and self._knows_port(unit):
                 self._launcher.begin_placing(unit, self.spec)
             if unit.phase is Phase.PLACING and self._is_placed(unit):
                 self._launcher.begin_starting(unit, self.spec)
@@ -300,6 +302,10 @@ class Controller:
                 raise StartError(f"{unit.name}: {error}") from error
             self._progress(f"{unit.name}: cannot be started: {error}")
             self._end(unit)
+
+    def _knows_port(self, unit: Unit) -> bool:
+        """API processes listen where the first one does."""
+        return unit.role is not None or unit.name == _FIRST_API or bool(self.url)
 
     def _joined(self, unit: Unit, missing_s: float) -> None:
         what = f"back after {missing_s:.1f} s" if unit.was_running else "joined"

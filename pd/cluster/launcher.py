@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import (
 )
 
 import pd
+from pd.api.node import listen
 from pd.cluster.actor import (
     Description,
     NodeActor,
@@ -131,6 +132,11 @@ class Launcher:
 
     def begin_starting(self, unit: Unit, spec: ClusterSpec) -> None:
         unit.phase, unit.began = Phase.STARTING, time.monotonic()
+        if unit.role is None and not self.url:
+            try:  # several share it among themselves, but not with another cluster's
+                listen(spec.api, is_shared=False).close()
+            except OSError as error:
+                raise StartError(f"{unit.name}: {error}") from error
         if unit.group is not None:
             unit.nodes = _nodes_of(unit.group)
         count = role_spec(unit, spec).topology.num_ranks if unit.is_replica else 1

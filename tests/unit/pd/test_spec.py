@@ -275,9 +275,9 @@ BAD: dict[str, tuple[str, list[tuple[str, ...]]]] = {
         spec(more="api:\n  keys:\n    - ${PAGERELAY_TEST_NO_SUCH}"),
         [("api.keys[0]", ":5:", "PAGERELAY_TEST_NO_SUCH", "to be set")],
     ),
-    "two API processes": (
-        spec(more="api: {replicas: 2}"),
-        [("api.replicas", "found 2", "at most 1")],
+    "too many API processes": (
+        spec(more="api: {replicas: 65}"),
+        [("api.replicas", "found 65", "at most 64")],
     ),
     "objectives": (
         spec(more="objectives:\n  ttft: 0\n  tpot: 20ms"),
