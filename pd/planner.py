@@ -86,8 +86,7 @@ class Planner:
         for name, seen in replicas.items():
             before = self._last.get(name)
             if before is not None:
-                is_same = before.role == seen.role
-                self._meters[seen.role].add(before.load if is_same else ReplicaLoad(), seen.load)
+                self._meters[seen.role].add(before.load, seen.load)
             self._last[name] = seen
         for role, count in self._counts.items():
             present = [each for each in replicas.values() if each.role == role]

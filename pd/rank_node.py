@@ -14,7 +14,7 @@ from pd import rank
 from pd.messages import AnyMessage, RankOrder, RankReport
 from pd.node import Member, Node, NodeConfig
 from pd.rank import RankEvent, RankFailed, RankWorker
-from pd.spec import Role, replica_role
+from pd.spec import ClusterSpec, Role, replica_role
 
 log = logging.getLogger("pagerelay")
 
@@ -36,9 +36,10 @@ class RankNode(Node):
         facts = {"rank": worker.name, "pid": str(os.getpid()), "host": socket.gethostname()}
         return Member(self.name, "rank", self.incarnation, "", facts=facts)
 
-    def turn(self, role: Role, leader: Member) -> Member:
+    def turn(self, role: Role, spec: ClusterSpec, leader: Member) -> Member:
         """Its replica serves in another role; the leader has another incarnation."""
-        self.config = dataclasses.replace(self.config, role=role)
+        self.spec = spec
+        self.config = dataclasses.replace(self.config, role=role, spec=spec)
         self._members[leader.name] = leader
         assert self.member is not None
         return self.member

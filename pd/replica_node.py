@@ -59,7 +59,7 @@ from pd.rank import (
     RankWorker,
     endpoint,
 )
-from pd.spec import Role, replica_role
+from pd.spec import ClusterSpec, Role, replica_role
 from pd.team import Team
 from transfer.plan import PairPlan
 from transfer.topology import ReplicaLayout
@@ -83,7 +83,7 @@ class ReplicaNode(Node):
         for another process than it is, so nothing is said to it or heard of it."""
         self._to_tell: dict[str, list[PeerUp | PeerDown | PeerDraining]] = {}
         """By peer, in order; each waits for a `Flush` of its own."""
-        self._is_stopping = False
+        self._is_stopping = self._is_resting = False
         self._cohort = ""
         self._expects_writes = False
         self._events: KvEvents | None = None
@@ -101,14 +101,26 @@ class ReplicaNode(Node):
             member.facts.update(self._publish_events())
         return member
 
-    async def turn(self, role: Role) -> Member:
-        """Drained: forget all peers, and serve in another role as if just started, but for what is
-        loaded and cached."""
+    async def rest(self) -> None:
+        """Drained: forget all peers for good, before `turn`, and wait until nothing is under way to
+        or from any memory. The caller has a deadline. Raises RuntimeError."""
         ranks = [each for each in self._members.values() if each.role == "rank"]
         self.set_members(ranks, "it changes its role")
-        while any(self._untold.values()):  # the caller has a deadline  # noqa: ASYNC110
+        self._is_resting = True
+        while any(self._untold.values()) or not self.leader.is_idle:
+            if self.failure:
+                raise RuntimeError(self.failure)
             await asyncio.sleep(_POLL_S)
-        self.config = dataclasses.replace(self.config, role=role)
+
+    def set_members(self, members: list[Member], reason: str = "") -> None:
+        if not self._is_resting:
+            super().set_members(members, reason)
+
+    def turn(self, role: Role, spec: ClusterSpec) -> Member:
+        """At rest: serve in another role as if just started, but for what is loaded and cached."""
+        self._is_resting = False
+        self.spec = spec
+        self.config = dataclasses.replace(self.config, role=role, spec=spec)
         self.incarnation = secrets.randbits(64)
         self.is_draining = False
         assert self.member is not None

@@ -107,21 +107,16 @@ def _with_turns(
     """Those that leave serve as those that are to be started, where they can."""
     drained = {action.name for action in actions if isinstance(action, Drain)}
     leaving = [r for r in replicas if r.is_running and (r.is_draining or r.name in drained)]
-    turns: dict[str, Role] = {}
-    planned: list[Action] = []
-    for action in actions:
-        if isinstance(action, Start):
-            for each in leaving:
-                is_same = each.version == versions[action.role] and each.role != action.role
-                if is_same and each.name not in turns:
-                    turns[each.name] = action.role
-                    break
-            else:
-                planned.append(action)
-        else:
-            planned.append(action)
-    kept = [each for each in planned if not (isinstance(each, Drain) and each.name in turns)]
-    return [*kept, *(Turn(name, role) for name, role in turns.items())]
+    leaving.sort(key=lambda replica: replica.num_requests)
+    planned, turns = list(actions), []
+    for start in (action for action in actions if isinstance(action, Start)):
+        fits = (r for r in leaving if r.version == versions[start.role] and r.role != start.role)
+        if (one := next(fits, None)) is not None:
+            leaving.remove(one)
+            planned.remove(start)
+            turns.append(Turn(one.name, start.role))
+    turned = {turn.name for turn in turns}
+    return [*(a for a in planned if not (isinstance(a, Drain) and a.name in turned)), *turns]
 
 
 def _serves(role: Role, replicas: Sequence[Replica]) -> bool:

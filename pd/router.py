@@ -108,11 +108,11 @@ class ReplicaState:
         return load.waiting + load.running + load.handovers_in + self.placed_requests
 
 
-def make_router(spec: ClusterSpec, seed: str) -> Router:
-    """Of one of the API processes, to which the kernel gives like parts of the requests."""
+def make_router(spec: ClusterSpec, seed: str, num_routers: int = 1) -> Router:
+    """One of so many that share the queue."""
     router = spec.router
     return Router(
-        -(-router.max_queue // spec.api.replicas),
+        -(-router.max_queue // num_routers),
         router.policy,
         spec.page_tokens,
         router.local_prefill_tokens,
@@ -473,9 +473,9 @@ class Router:
         """`pairs` and `alone`: rows that decode. The others, in seconds by row."""
         table = self._table
         if len(pairs):
-            least = missing[pairs]
-            if least[least.argmin()] <= self._local_prefill_tokens:
-                is_local = least <= self._local_prefill_tokens
+            lacking = missing[pairs]
+            if lacking[lacking.argmin()] <= self._local_prefill_tokens:
+                is_local = lacking <= self._local_prefill_tokens
                 alone = np.concatenate((pairs[is_local], alone))
                 pairs = pairs[~is_local]
         best, decode, prefill = math.inf, -1, None

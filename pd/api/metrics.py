@@ -135,19 +135,18 @@ class ApiMetrics:
     def observe_http_error(self, status: int) -> None:
         self._http_errors.labels(str(status)).inc()
 
-    def render(self) -> bytes:
-        """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry) + generate_latest(self._seen)
-
     def render_own(self) -> str:
         """Without what all API processes see."""
         return generate_latest(self.registry).decode()
 
-    def render_all(self, own: str, siblings: Mapping[str, str]) -> bytes:
-        """`own`: the name of this API process; `siblings`: what others rendered, by theirs."""
-        together = CollectorRegistry()
-        together.register(_ApiCollector({own: self.render_own(), **siblings}))
-        return generate_latest(together) + generate_latest(self._seen)
+    def render(self, of_all: Mapping[str, str] | None = None) -> bytes:
+        """The text format that Prometheus scrapes. `of_all`: what API processes rendered, by their
+        names, where there are several."""
+        registry = self.registry
+        if of_all is not None:
+            registry = CollectorRegistry()
+            registry.register(_ApiCollector(of_all))
+        return generate_latest(registry) + generate_latest(self._seen)
 
 
 _GAUGES: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
@@ -228,6 +227,9 @@ _COUNTERS: dict[str, tuple[str, Callable[[ReplicaLoad], float]]] = {
 }
 
 
+_NO_REPORT = ReplicaLoad()
+
+
 class _ApiCollector(Collector):
     """What API processes rendered, by their names."""
 
@@ -281,6 +283,8 @@ class _ReplicaCollector(Collector):
         for name, (text, read) in _COUNTERS.items():
             counter = CounterMetricFamily(f"pagerelay_{name}", text, labels=labels)
             for replica in replicas:
+                if replica.load == _NO_REPORT:  # a counter that starts at 0 seems to jump
+                    continue
                 counter.add_metric([replica.name, replica.role], read(replica.load))
             yield counter
         pages = GaugeMetricFamily(

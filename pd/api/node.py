@@ -52,7 +52,7 @@ class ApiNode(Node):
 
         self._client = EngineClient(
             self.send,
-            make_router(self.spec, self.name),
+            make_router(self.spec, self.name, self.spec.api.replicas),
             self.spec.page_tokens,
             self.spec.timeouts.takeover,
         )
@@ -120,7 +120,7 @@ class ApiNode(Node):
         from pd.router import make_router
 
         self.spec = spec
-        self._client.use_router(make_router(spec, self.name))
+        self._client.use_router(make_router(spec, self.name, spec.api.replicas))
         self._client.takeover_s = spec.timeouts.takeover
         if self._info is not None:
             self._make_app()

@@ -367,12 +367,11 @@ class _Server:
         return _json(body, 503 if missing else 200)
 
     async def render_metrics(self, request: Request) -> Response:
-        siblings = {name: each.metrics for name, each in self._admin.siblings.items()}
+        of_all = None
         if self._spec.api.replicas > 1:
-            text = self._metrics.render_all(self._admin.api, siblings)
-        else:
-            text = self._metrics.render()
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+            siblings = {name: each.metrics for name, each in self._admin.siblings.items()}
+            of_all = {self._admin.api: self._metrics.render_own(), **siblings}
+        return Response(self._metrics.render(of_all), media_type=CONTENT_TYPE_LATEST)
 
     async def status(self, request: Request) -> Response:
         replicas = [

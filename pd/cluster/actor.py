@@ -137,18 +137,23 @@ class NodeActor:
             self._asked = time.monotonic()
             self._watch = asyncio.create_task(self._end_without_controller())
 
+    async def rest(self) -> None:
+        """Of a drained replica's first rank, before `turn`."""
+        assert isinstance(self._node, ReplicaNode)
+        await self._node.rest()
+
     async def turn(
-        self, role: Role, leader: tuple[Member, ProcessId] | None = None
+        self, role: Role, spec: ClusterSpec, leader: tuple[Member, ProcessId] | None = None
     ) -> tuple[Member, ProcessId]:
-        """Of a rank of a replica that is drained: serve in this role from now on; the others have
+        """Of a rank of a replica that is at rest: serve in this role from now on; the others have
         been told that it has left, and are told then that it has come. `leader`: what the first
         rank's returned."""
         node = self._node
         if isinstance(node, ReplicaNode):
-            return await node.turn(role), own_id()
+            return node.turn(role, spec), own_id()
         assert isinstance(node, RankNode)
         assert leader is not None
-        return node.turn(role, leader[0]), own_id()
+        return node.turn(role, spec, leader[0]), own_id()
 
     async def set_members(self, own: list[Member], others: list[Member], reason: str) -> None:
         """`own`: the other ranks of its replica."""

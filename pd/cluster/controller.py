@@ -511,8 +511,7 @@ class Controller:
             return
         if not is_done:
             self._progress(f"{unit.name}: is still busy after {took:.0f} s (timeouts.drain)")
-        if is_done and unit.becomes is not None:
-            self._turn(unit, unit.becomes, took)
+        if is_done and unit.becomes is not None and self._turn(unit, unit.becomes, took):
             return
         stopping = [each.actor.stop.remote() for each in unit.processes]
         ray.wait(stopping, num_returns=len(stopping), timeout=self.spec.timeouts.stop)
@@ -520,12 +519,23 @@ class Controller:
             self._announce("it was drained")
             self._progress(f"{unit.name}: ended, drained after {took:.1f} s")
 
-    def _turn(self, unit: Unit, role: Role, took_s: float) -> None:
-        """It is known again when it is ready, as one of the other role."""
+    def _turn(self, unit: Unit, role: Role, took_s: float) -> bool:
+        """Another step: it comes to rest, leaves, and is known again as one of the other role.
+        False: it cannot."""
+        if unit.resting is None:
+            unit.resting = unit.processes[0].actor.rest.remote()
+        if not ray.wait([unit.resting], timeout=0)[0]:
+            return took_s < self.spec.timeouts.drain
+        try:
+            ray.get(unit.resting)
+        except ray.exceptions.RayError as error:
+            self._progress(f"{unit.name}: cannot become {role}: {error}")
+            return False
         self._progress(f"{unit.name}: drained after {took_s:.1f} s, becomes {role}")
         unit.phase = Phase.STARTING
         self._announce("it changes its role")
-        self._launcher.begin_turning(unit, role)
+        self._launcher.begin_turning(unit, role, self.spec)
+        return True
 
     def _is_source(self, name: str) -> bool:
         """Whether pages there are still wanted elsewhere."""
@@ -567,7 +577,7 @@ class Controller:
         """Take a changed spec. What it changes, for people. Raises SpecError, and then nothing has
         changed."""
         spec = parse_spec(text, "spec")
-        kept = {key: getattr(self.spec.api, key) for key in ("host", "port", "replicas")}
+        kept = {key: getattr(self.spec.api, key) for key in ("host", "port")}
         spec = spec.model_copy(update={"api": spec.api.model_copy(update=kept)})
         if problems := _fixed_problems(self.spec, spec):
             raise SpecError(problems)

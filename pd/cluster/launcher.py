@@ -149,16 +149,16 @@ class Launcher:
         for process in unit.processes:
             process.starting = process.actor.start.remote(*([first.meeting] if count > 1 else []))
 
-    def begin_turning(self, unit: Unit, role: Role) -> None:
-        """Of a replica that is drained, and that no other process knows any more."""
+    def begin_turning(self, unit: Unit, role: Role, spec: ClusterSpec) -> None:
+        """Of a replica that is at rest, and that no other process knows any more."""
         unit.phase, unit.began, unit.problem = Phase.STARTING, time.monotonic(), None
         unit.role = role
-        unit.draining_since = unit.becomes = None
+        unit.draining_since = unit.becomes = unit.resting = None
         unit.was_running = False
         leader = None
         for process in unit.processes:
             process.member = process.report = process.last_report = None
-            process.starting = process.actor.turn.remote(role, *([leader] if leader else []))
+            process.starting = process.actor.turn.remote(role, spec, *([leader] if leader else []))
             leader = leader or process.starting
 
     def _create(self, unit: Unit, process: Process, spec: ClusterSpec) -> Any:
@@ -289,7 +289,7 @@ class Launcher:
             by_unit.setdefault(unit_name, {})[described.config.rank] = name, described
         units = []
         for unit_name, processes in sorted(by_unit.items()):
-            first = next(iter(processes.values()))[1].config
+            first = processes[min(processes)][1].config
             network = Network(first.socket_folder, first.curve)
             unit = Unit(unit_name, first.role)
             role = replica_role(unit.role) if unit.is_replica else None
@@ -309,7 +309,9 @@ class Launcher:
                     unit.group = get_placement_group(_group_name(spec, unit_name))
                     unit.nodes = _nodes_of(unit.group)
             builds = {described.build for _, described in processes.values()}
-            if builds == {pd.__version__} and self._take_over(unit, first.spec, limit_s):
+            roles = {described.config.role for _, described in processes.values()}  # in mid-turn?
+            fits = builds == {pd.__version__} and len(roles) == 1
+            if fits and self._take_over(unit, first.spec, limit_s):
                 units.append(unit)
             elif not self.end(unit, limit_s):
                 raise StartError(f"{unit_name}: not known to be dead yet")

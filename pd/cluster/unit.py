@@ -83,6 +83,8 @@ class Unit:
     draining_since: float | None = None
     becomes: Role | None = None
     """What it serves as when it is drained."""
+    resting: Any = None
+    """Reference that is ready when nothing is under way there any more, before that."""
     idle_reports: int = 0
     """In a row, since it drains."""
 

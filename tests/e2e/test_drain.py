@@ -56,12 +56,13 @@ def announce(nodes: list[Node], members: list[Member]) -> None:
 
 async def turn(nodes: list[Node], node: Node, ranks: list[RankNode], role: Role) -> None:
     """As the controller does with one that is idle."""
+    assert isinstance(node, ReplicaNode)
+    await asyncio.wait_for(node.rest(), DEADLINE_S)
     others = [each for each in nodes if each is not node]
     announce(others, [each.member for each in others if each.member is not None])
-    assert isinstance(node, ReplicaNode)
-    member = await asyncio.wait_for(node.turn(role), DEADLINE_S)
+    member = node.turn(role, node.spec)
     for rank in ranks:
-        rank.turn(role, member)
+        rank.turn(role, node.spec, member)
     announce(nodes, [each.member for each in nodes if each.member is not None])
 
 

@@ -379,3 +379,18 @@ roles:
         "prefill": RoleBounds(0, 3, 64, 2),
         "decode": RoleBounds(2, 2, 9, 1),
     }
+
+
+def test_a_replica_that_changes_its_role_keeps_its_counters() -> None:
+    """What it did before is no load of the new role."""
+    planner = Planner(PlannerSpec(), BOTH_SIDES)
+    hour = ReplicaLoad(prefill_tokens=10_000_000, prompt_step_s=1000.0, finished=1000)
+    for now in range(40):
+        role: Role = "prefill" if now < 20 else "decode"
+        seen = {
+            "prefill-0": Observed("prefill", ReplicaLoad()),
+            "prefill-1": Observed(role, hour),
+            "decode-0": Observed("decode", ReplicaLoad()),
+        }
+        planner.observe(seen, float(now))
+        assert planner.desired(float(now))["decode"] == 1
