@@ -266,6 +266,11 @@ def measure(
             steps = sorted(filter(None, tries), key=lambda each: each.step_s)
             # Not the mean: an event that carries two tokens makes a step look twice as long.
             decodes += steps[len(steps) // 2 :][:1]
+    if not decodes:
+        raise BenchError(
+            "decode: tokens come faster than they are read here, two or more at once: no step could "
+            "be told from the next; measure a larger model"
+        )
     return Measurements(
         computes.max_batch_tokens,
         len(status["replicas"][0]["pages"]),

@@ -7,11 +7,12 @@ and the API take. The token sampled is always 0, and what a request generates is
 prompt continues it, as traces do not say which do.
 
 Not modelled: tiers below the device, faults, a client that leaves, changes of role (one replica
-ends, another one starts), what ranks of one replica say to each other (a step's time has it), more
-than one API process. A link carries one write at a time, in each direction, in the order in which
-they were posted, where the mover lets handovers take turns. A leader ticks and reports twice a
-second, at a time of its own, while it has anything to do or to tell; a node ticks ten times a
-second. Leaders hear of each other when they first have a request in common.
+ends, another one starts), what ranks of one replica say to each other (a step's time has it),
+routers of their own for several API processes, which share one. A link carries one write at a time,
+in each direction, in the order in which they were posted, where the mover lets handovers take
+turns. A leader ticks and reports twice a second, at a time of its own, while it has anything to do
+or to tell; a node ticks ten times a second. Leaders hear of each other when they first have a
+request in common.
 """
 
 from __future__ import annotations
@@ -210,6 +211,8 @@ class SimCluster(VirtualClock):
         self.router = make_router(self.spec, str(seed))
         self.results: list[SimResult] = []
         self.num_ended = self.num_refused = 0
+        self._api_free_at = [0.0] * spec.api.replicas
+        """API processes read one request after the other."""
         self.last_arrival_s = math.inf
         self._profile = profile
         self._block_tokens = block_tokens
@@ -253,7 +256,9 @@ class SimCluster(VirtualClock):
             self.at(self.results[number + 1].request.at_s, self._arrive, number + 1)
         request, profile = self.results[number].request, self._profile
         seconds = profile.request_s + request.num_prompt * profile.request_token_s
-        self.at(self.now + seconds, self._place, number)
+        api = number % len(self._api_free_at)
+        self._api_free_at[api] = max(self.now, self._api_free_at[api]) + seconds
+        self.at(self._api_free_at[api], self._place, number)
 
     def _place(self, number: int) -> None:
         result = self.results[number]

@@ -131,8 +131,8 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     first, second = (make_cluster(spec, load, "cost").run(load.requests) for _ in range(2))
     assert first == second
     first = make_cluster(spec, load, "round_robin").run(load.requests)
-    assert sum(result.cached_tokens for result in first) == 844
-    assert max(result.last_s for result in first) == pytest.approx(0.34614245)
+    assert sum(result.cached_tokens for result in first) == 860
+    assert max(result.last_s for result in first) == pytest.approx(0.38891245)
 
 
 def test_with_too_few_pages_requests_are_preempted_and_still_end() -> None:
