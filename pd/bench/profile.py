@@ -268,8 +268,8 @@ def measure(
             decodes += steps[len(steps) // 2 :][:1]
     if not decodes:
         raise BenchError(
-            "decode: tokens come faster than they are read here, two or more at once: no step could "
-            "be told from the next; measure a larger model"
+            "decode: tokens come faster than they are read here, two or more at once, so that no "
+            "step could be told from the next; measure a larger model"
         )
     return Measurements(
         computes.max_batch_tokens,
