@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-WIDTH = 132
+WIDTH = 150
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
