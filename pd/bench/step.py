@@ -135,6 +135,8 @@ class TtftRow:
     tokens: int
     first_s: float
     second_s: float
+    later_s: float
+    """Between two of those that follow."""
     prefill_s: float
     exposed_s: float
     """Of the transfer: after the first token, until all pages were there."""
@@ -426,7 +428,7 @@ def _serving_spec(
             "model": {"path": str(folder), "dtype": options.dtype, "load": "random"},
             "page_tokens": options.page_tokens,
             "roles": dict.fromkeys(devices, role),
-            "transfer": {} if name == "colocated" else {"backend": name},
+            "transfer": {"backend": options.backends[0] if name == "colocated" else name},
             "router": {"local_prefill_tokens": 0},
         }
     )
@@ -464,6 +466,7 @@ async def _first_tokens(
                     tokens,
                     median([each.token_s[0] for each in measured]),
                     median([each.token_s[1] for each in measured]),
+                    median([gap for each in measured for gap in np.diff(each.token_s[1:])]),
                     median([each.stats.prefill_s for each in measured]),
                     median([each.stats.transfer_exposed_s for each in measured]),
                     measured[0].stats.bytes_moved,

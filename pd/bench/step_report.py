@@ -67,9 +67,11 @@ def _steps(rows: list[StepRow]) -> Table:
 
 
 def _first_tokens(report: StepReport) -> Table:
-    table = _table(("replicas", "tokens", "first", "second", "prefill", "exposed", "bytes moved"))
+    table = _table(
+        ("replicas", "tokens", "first", "second", "later", "prefill", "exposed", "bytes moved")
+    )
     for row in report.ttft:
-        times = (row.first_s, row.second_s, row.prefill_s, row.exposed_s)
+        times = (row.first_s, row.second_s, row.later_s, row.prefill_s, row.exposed_s)
         table.add_row(
             row.replicas, f"{row.tokens:,}", *map(_ms, times), format_bytes(row.moved_bytes)
         )

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from pd.cost import layer_groups
 from pd.engine import attention
 from pd.engine.batch import RowStart, StepCommand, StepResult
-from pd.engine.norms import fuse_norms
+from pd.engine.fused import fuse_norms, fuse_rotary
 from pd.engine.pool import PagePool
 from pd.engine.ranks import Ranks
 from pd.engine.sampler import Sampler
@@ -30,6 +30,9 @@ from pd.messages import SamplingParams
 from pd.spec import ModelSpec
 from transfer.layout import PageLayout
 from transfer.topology import ReplicaLayout
+
+if TYPE_CHECKING:
+    from pd.engine.graphs import DecodeGraphs
 
 LAYOUT_VERSION = 1
 """Of rule 1's byte order; part of the compatibility check and of every page hash."""
@@ -108,6 +111,8 @@ class ModelRunner:
         if self.ranks.cp.size > 1 and self.ranks.is_last_stage:
             model.lm_head.register_forward_pre_hook(self._collect_samples)
         fuse_norms(model)
+        if self.device.type == "cuda":
+            fuse_rotary(model)
         return model.to(device=self.device, dtype=self.compute_dtype).eval()
 
     def allocate(self, num_pages: list[int], max_rows: int, max_context: int) -> None:
@@ -119,6 +124,12 @@ class ModelRunner:
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
         self._sampler = Sampler(max_rows, self.vocab_size, self.device)
+        self.graphs: DecodeGraphs | None = None
+        """Of decode steps, where they can be captured."""
+        if self.ranks.topology.num_ranks == 1 and all(map(attention.can_page, self.pools)):
+            from pd.engine.graphs import DecodeGraphs
+
+            self.graphs = DecodeGraphs(self._decode, self.pools, self._place, max_rows, width)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk and a single token through the null page, so that the first request does not
@@ -130,6 +141,8 @@ class ModelRunner:
             zero, counts = np.zeros(1, np.int32), np.array([count], np.int32)
             pages = [np.zeros((0, 3), np.int32) for _ in self.pools]
             self.step(StepCommand([start], zero, zero, counts, np.ones(1, np.bool_), tokens, pages))
+        if self.graphs is not None:
+            self.graphs.capture_all()
         for pool in self.pools:
             pool.data[0].zero_()
 
@@ -144,6 +157,12 @@ class ModelRunner:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
             table[update[:, 0], update[:, 1]] = update[:, 2]
+        if self.graphs is not None and len(command.tokens) == len(command.rows):
+            logits = self.graphs.step(command, self._tables)
+            if logits is not None:
+                if not command.sample.all():
+                    logits = logits[self._tensor(np.flatnonzero(command.sample))]
+                return self._done(StepResult(*self._sampler.sample(logits, command), 0.0), begin)
         plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
         positions = np.arange(len(command.tokens)) + np.repeat(
@@ -171,10 +190,24 @@ class ModelRunner:
                 result = self._finish(command, inputs, plan.own, ends)
             else:
                 self.model.get_decoder()(**inputs)
+        return self._done(result, begin)
+
+    def _done(self, result: StepResult, begin: float) -> StepResult:
         if self.device.type == "cuda":
             # The pages are sent next, by somebody who knows nothing of this stream.
             torch.cuda.current_stream(self.device).synchronize()
         return dataclasses.replace(result, seconds=time.perf_counter() - begin)
+
+    def _decode(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: attention.AttentionPlan
+    ) -> torch.Tensor:
+        """One token of each request -> logits, (requests, vocabulary)."""
+        with attention.use_plan(plan):
+            found = self.model(
+                input_ids=tokens.long()[None], position_ids=positions.long()[None], use_cache=False
+            )
+        logits: torch.Tensor = found.logits[0]
+        return logits
 
     def _finish(
         self,

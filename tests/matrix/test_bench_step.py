@@ -37,6 +37,7 @@ def test_the_command_times_steps_and_first_tokens() -> None:
     assert [row["replicas"] for row in report["ttft"]] == ["colocated", "shm"]
     for row in report["ttft"]:
         assert 0 < row["first_s"] < row["second_s"]
+        assert row["later_s"] > 0
     colocated, apart = report["ttft"]
     assert colocated["moved_bytes"] == 0
     # Five pages of 8 tokens, 4 layers of 2 heads of 16, keys and values, float32.

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
+from typing import Literal
+
+import numpy as np
 import pytest
 import torch
-from devices import DEVICES
+from devices import DEVICES, needs_cuda
 
-from pd.engine.attention import _attend, _Gather
+from pd.engine.attention import (
+    PagedKeys,
+    _attend,
+    _attend_in_blocks,
+    _Gather,
+    _has_blocks,
+    find_bounds,
+)
+from pd.engine.graphs import _sizes
+from pd.engine.pool import PagePool
+from transfer.layout import LayerGroup, PageLayout
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 
@@ -66,3 +80,110 @@ def test_decoding(
         found = _attend(query, key, value, gather, DIM**-0.5, None, None)
     expected = formula(query, key, value, attended)
     assert (found.double() - expected).norm() / expected.norm() < tolerance
+
+
+@needs_cuda
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_tokens"),
+    [(8, 2, 64, 16), (32, 8, 128, 64), (4, 4, 16, 8), (5, 1, 80, 16), (16, 1, 256, 8)],
+)
+@pytest.mark.parametrize("lengths", [(1,), (3000,), (1, 64, 65, 900, 33)])
+@pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(0, None, False), (100, 5.0, True)])
+def test_decoding_where_pages_are(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page_tokens: int,
+    lengths: tuple[int, ...],
+    window: int,
+    softcap: float | None,
+    has_sinks: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """Each request's new token is stored, and attends with those before it, in scattered pages of
+    the second layer; nothing else of the pool changes."""
+    from pd.engine import kernels
+
+    device, layers, place = torch.device("cuda"), 3, 1
+    random = torch.Generator(device).manual_seed(len(lengths) + dim)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, device=device).to(dtype)
+
+    kind: Literal["full", "sliding"] = "sliding" if window else "full"
+    group = LayerGroup(kind, tuple(range(layers)), kv_heads, dim, window)
+    width = max(lengths) // page_tokens + 1
+    layout = PageLayout(group, page_tokens, dtype.itemsize)
+    pool = PagePool(layout, 1 + width * len(lengths), dtype, device)
+    pool.data.copy_(numbers(*pool.data.shape))
+    before = pool.data.clone()
+    slots = 1 + torch.randperm(width * len(lengths), generator=random, device=device)
+    positions = np.array(lengths, np.int32) - 1
+    record = torch.zeros(len(lengths), 3 + width, dtype=torch.int32)
+    find_bounds(positions, pool, record.numpy()[:, 1:3])
+    record = record.to(device)
+    record[:, 3:] = slots.view(len(lengths), width)
+    keys = PagedKeys(record[:, 3:], record[:, 1:3])
+    query = numbers(heads, len(lengths), dim).transpose(0, 1)
+    key, value = numbers(2, len(lengths), kv_heads, dim)
+    sinks = numbers(heads) if has_sinks else None
+    kernels.write(pool, place, keys, key, value)
+    found = kernels.attend(pool, place, keys, query, dim**-0.5, softcap, sinks)
+    for i, length in enumerate(lengths):
+        pages = keys.slots[i].long()
+        before[pages[(length - 1) // page_tokens], :, place, :, (length - 1) % page_tokens] = (
+            torch.stack((key[i], value[i]), 1)
+        )
+        stored = before[pages, :, place].double()  # (pages, kv_heads, planes, tokens, dim)
+        both = stored.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        all_keys, values = both.repeat_interleave(heads // kv_heads, 1)
+        scores = (all_keys @ query[i].double()[..., None])[..., 0] * dim**-0.5
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if window:
+            scores[:, : max(0, length - window)] = -torch.inf
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double()[:, None]), 1)
+        weights = scores.softmax(-1)[:, :length]
+        expected = (weights[:, None] @ values)[:, 0]
+        assert (found[i].double() - expected).norm() / expected.norm() < tolerance
+    assert torch.equal(pool.data, before)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("start", "count"), [(8192, 2048), (20000, 3000), (24576, 8192)])
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_a_large_chunk_after_many_keys(start: int, count: int, page_tokens: int) -> None:
+    torch.manual_seed(start)
+    device, dtype, place = torch.device("cuda"), torch.bfloat16, 1
+    layout = PageLayout(LayerGroup("full", (0, 1), KV_HEADS, DIM), page_tokens, 2)
+    num_pages = -(-(start + count) // page_tokens)
+    pool = PagePool(layout, 1 + num_pages, dtype, device)
+    pool.data.normal_()
+    slots = 1 + torch.randperm(num_pages)
+    pages = pool.data[slots, :, place].permute(2, 1, 0, 3, 4).flatten(2, 3)
+    key, value = pages[:, None, :, : start + count]  # (1, kv_heads, keys, dim)
+    query = torch.randn(1, count, HEADS, DIM, dtype=dtype, device=device).transpose(1, 2)
+    gather = _Gather(0, count, False, pool.page_rows(slots.numpy()[None]), None, start + count)
+    assert _has_blocks(gather, pool, query)
+    own = [each[:, :, start:] for each in (key, value)]
+    with torch.inference_mode():
+        found = _attend_in_blocks(pool, gather, place, query, own, DIM**-0.5)
+    for some in (slice(0, 20), slice(count // 2, count // 2 + 20), slice(count - 20, count)):
+        attended = torch.arange(start + count) <= torch.arange(start, start + count)[some, None]
+        expected = formula(query[:, :, some], key, value, attended.to(device))
+        assert (found[:, :, some].double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_sizes_of_captured_batches() -> None:
+    """None is padded by more than a third or seven."""
+    for most in (1, 2, 3, 7, 8, 64, 100, 256, 1000):
+        sizes = _sizes(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+        for count in range(1, most + 1):
+            size = sizes[bisect.bisect_left(sizes, count)]
+            assert size - count <= max(7, count / 3)
+    assert len(_sizes(256)) < 20

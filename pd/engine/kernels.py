@@ -1,0 +1,397 @@
+"""What torch has no kernels for: decoding requests read keys and values where they lie and write
+their new ones there, results over parts of the keys are merged, queries and keys are rotated.
+
+A decoding request's keys are cut into parts that are attended to at once, however few requests
+there are. How many tokens a request has is read on the device, so that a launch is right for any
+lengths (pd/engine/graphs.py).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pd.engine.attention import PagedKeys
+from pd.engine.pool import PagePool
+
+MAX_DIM = 256
+"""Of a head; of more, a tile of keys would not fit."""
+_MOST_PARTS, _FEWEST_PARTS = 64, 8
+_PART_TILES = 4
+"""Fewest tiles of keys in a part: merging one costs more."""
+_PROGRAMS = 4
+"""For each multiprocessor."""
+_MERGED = 16
+"""Queries a program."""
+_ROTATED = 1024
+"""Pairs of numbers a program."""
+
+
+def write(
+    pool: PagePool, place: int, keys: PagedKeys, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Store the new token of each request, (requests, kv_heads, dim), for the layer at `place`."""
+    requests, heads, dim = key.shape
+    page, head, plane = _strides(pool)
+    _write[(requests, heads)](
+        key,
+        value,
+        pool.data,
+        keys.slots,
+        keys.bounds,
+        *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
+        *(keys.slots.stride(0), keys.bounds.stride(0)),
+        *(page, head, plane, place * 2 * plane),
+        PAGE=pool.layout.page_tokens,
+        DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        IS_HALF=pool.dtype == torch.float16,
+        num_warps=1,
+    )
+
+
+def attend(
+    pool: PagePool,
+    place: int,
+    keys: PagedKeys,
+    query: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """query (requests, heads, dim) -> the same; the layer at `place` has been written to. `sinks`:
+    a logit for each head that takes its share of the weights."""
+    requests, heads, dim = query.shape
+    kv_heads = pool.layout.group.kv_heads
+    group = heads // kv_heads
+    block_d = triton.next_power_of_2(dim)
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    wanted = triton.next_power_of_2(_PROGRAMS * processors // (requests * kv_heads) + 1)
+    parts = min(max(wanted, _FEWEST_PARTS), _MOST_PARTS)
+    partial = query.new_empty(requests, heads, parts, dim, dtype=torch.float32)
+    sums = query.new_empty(requests, heads, parts, dtype=torch.float32)
+    page, head, plane = _strides(pool)
+    is_wide = query.dtype == torch.float32 or block_d > 128
+    _attend[(requests, kv_heads, parts)](
+        query,
+        pool.data,
+        keys.slots,
+        keys.bounds,
+        partial,
+        sums,
+        scaling,
+        softcap or 0.0,
+        *(query.stride(0), query.stride(1)),
+        *(keys.slots.stride(0), keys.bounds.stride(0)),
+        *(page, head, plane, place * 2 * plane),
+        PARTS=parts,
+        PART_TILES=_PART_TILES,
+        GROUP=group,
+        PAGE=pool.layout.page_tokens,
+        DIM=dim,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_D=block_d,
+        BLOCK_N=32 if is_wide else 64,
+        HAS_SOFTCAP=softcap is not None,
+        num_warps=4,
+        num_stages=2 if is_wide else 3,
+    )
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _merge[(requests, heads)](
+        partial,
+        sums,
+        sinks,
+        out,
+        PARTS=parts,
+        DIM=dim,
+        BLOCK_D=block_d,
+        HAS_SINKS=sinks is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def merge(
+    out: torch.Tensor, sums: torch.Tensor, other: torch.Tensor, other_sums: torch.Tensor
+) -> None:
+    """Results over some keys, (heads, queries, dim), and the logarithms of the sums of their
+    weights, (heads, queries): `out` and `sums` become those over the keys of both."""
+    heads, queries, dim = out.shape
+    _merge_two[(triton.cdiv(queries, _MERGED), heads)](
+        out,
+        sums,
+        other,
+        other_sums,
+        queries,
+        *(out.stride(0), out.stride(1), other.stride(0), other.stride(1)),
+        *(sums.stride(0), sums.stride(1), other_sums.stride(0), other_sums.stride(1)),
+        DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_Q=_MERGED,
+        num_warps=4,
+    )
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the angles of each token (tokens, dim): both (heads, tokens, dim) -> (1, heads, tokens,
+    dim), so that what belongs to a token lies together."""
+    (heads, tokens, dim), kv_heads = query.shape, len(key)
+    rotated = query.new_empty(1, tokens, heads + kv_heads, dim)
+    block = triton.next_power_of_2(dim // 2)
+    at_once = max(1, min(triton.next_power_of_2(heads + kv_heads), _ROTATED // block))
+    _rotate[(tokens, triton.cdiv(heads + kv_heads, at_once))](
+        query,
+        key,
+        cos,
+        sin,
+        rotated,
+        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+        *(cos.stride(0), sin.stride(0)),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=dim // 2,
+        BLOCK_H=at_once,
+        BLOCK_D=block,
+        num_warps=4,
+    )
+    by_head = rotated.transpose(1, 2)
+    return by_head[:, :heads], by_head[:, heads:]
+
+
+def _strides(pool: PagePool) -> tuple[int, int, int]:
+    """In elements, of a page, of its heads, and of a layer's keys and values."""
+    return pool.data.stride(0), pool.data.stride(1), pool.data.stride(3)
+
+
+@triton.jit
+def _write(
+    key,
+    value,
+    pool,
+    slots,
+    bounds,
+    key_request,
+    key_head,
+    value_request,
+    value_head,
+    slots_row,
+    bounds_row,
+    page_stride,
+    head_stride,
+    plane_stride,
+    layer,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_HALF: tl.constexpr,
+):
+    request, head = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    position = tl.load(bounds + request * bounds_row + 1) - 1
+    slot = tl.load(slots + request * slots_row + position // PAGE).to(tl.int64)
+    to = pool + slot * page_stride + head * head_stride + layer + (position % PAGE) * DIM + dims
+    for plane in tl.static_range(2):
+        if plane == 0:
+            found = tl.load(key + request * key_request + head * key_head + dims, dims < DIM)
+        else:
+            found = tl.load(value + request * value_request + head * value_head + dims, dims < DIM)
+        if IS_HALF:
+            # An overflow would outlive its request: a masked key times infinity is not nothing.
+            found = found.to(tl.float32)
+            found = tl.where(found == found, found, 0.0)
+            found = tl.minimum(tl.maximum(found, -65504.0), 65504.0)
+        tl.store(to + plane * plane_stride, found.to(pool.dtype.element_ty), dims < DIM)
+
+
+@triton.jit
+def _attend(
+    query,
+    pool,
+    slots,
+    bounds,
+    partial,
+    sums,
+    scaling,
+    softcap,
+    query_request,
+    query_head,
+    slots_row,
+    bounds_row,
+    page_stride,
+    head_stride,
+    plane_stride,
+    layer,
+    PARTS: tl.constexpr,
+    PART_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    request, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(bounds + request * bounds_row)
+    end = tl.load(bounds + request * bounds_row + 1)
+    first_tile = first // BLOCK_N
+    last_tile = tl.cdiv(end, BLOCK_N)
+    each = tl.maximum(tl.cdiv(last_tile - first_tile, PARTS), PART_TILES)
+    begin = first_tile + part * each
+    until = tl.minimum(begin + each, last_tile)
+
+    group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    in_group = group < GROUP
+    head = kv_head * GROUP + group
+    row = (request.to(tl.int64) * tl.num_programs(1) * GROUP + head) * PARTS + part
+    if begin >= until:
+        tl.store(sums + row, tl.full([BLOCK_G], float("-inf"), tl.float32), in_group)
+        return
+    asked = tl.load(
+        query + request.to(tl.int64) * query_request + head[:, None] * query_head + dims[None, :],
+        in_group[:, None] & (dims < DIM)[None, :],
+        0.0,
+    )
+    most = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    result = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    base = pool + kv_head * head_stride + layer
+    for tile in range(begin, until):
+        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_attended = (position >= first) & (position < end)
+        slot = tl.load(slots + request * slots_row + position // PAGE, is_attended, 0)
+        at = slot.to(tl.int64) * page_stride + (position % PAGE) * DIM
+        inside = is_attended[:, None] & (dims < DIM)[None, :]
+        lies = base + at[:, None] + dims[None, :]
+        key = tl.load(lies, inside, 0.0).to(asked.dtype)
+        scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+        if HAS_SOFTCAP:
+            scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+        scores = tl.where(is_attended[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        kept = tl.exp(most - higher)
+        total = total * kept + tl.sum(weights, 1)
+        value = tl.load(lies + plane_stride, inside, 0.0).to(asked.dtype)
+        result = result * kept[:, None]
+        result += tl.dot(weights.to(asked.dtype), value, input_precision="ieee")
+        most = higher
+    tl.store(sums + row, most + tl.log(total), in_group)
+    tl.store(
+        partial + row[:, None] * DIM + dims[None, :],
+        result / total[:, None],
+        in_group[:, None] & (dims < DIM)[None, :],
+    )
+
+
+@triton.jit
+def _merge(
+    partial,
+    sums,
+    sinks,
+    out,
+    PARTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    head = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
+    parts, dims = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
+    found = tl.load(sums + row * PARTS + parts)
+    most = tl.max(found, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+        most = tl.maximum(most, sink)
+    weights = tl.exp(found - most)
+    total = tl.sum(weights, 0)
+    if HAS_SINKS:
+        total += tl.exp(sink - most)
+    values = tl.load(
+        partial + (row * PARTS + parts[:, None]) * DIM + dims[None, :],
+        (found > float("-inf"))[:, None] & (dims < DIM)[None, :],
+        0.0,
+    )
+    result = tl.sum(values * weights[:, None], 0) / total
+    tl.store(out + row * DIM + dims, result.to(out.dtype.element_ty), dims < DIM)
+
+
+@triton.jit
+def _merge_two(
+    out,
+    sums,
+    other,
+    other_sums,
+    queries,
+    out_head,
+    out_query,
+    other_head,
+    other_query,
+    sums_head,
+    sums_query,
+    other_sums_head,
+    other_sums_query,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    dims = tl.arange(0, BLOCK_D)
+    inside = query < queries
+    ours = tl.load(sums + head * sums_head + query * sums_query, inside, 0.0)
+    theirs = tl.load(other_sums + head * other_sums_head + query * other_sums_query, inside, 0.0)
+    most = tl.maximum(ours, theirs)
+    together = most + tl.log(tl.exp(ours - most) + tl.exp(theirs - most))
+    all_inside = inside[:, None] & (dims < DIM)[None, :]
+    to = out + head * out_head + query[:, None] * out_query + dims[None, :]
+    at = other + head * other_head + query[:, None] * other_query + dims[None, :]
+    result = tl.load(to, all_inside, 0.0).to(tl.float32) * tl.exp(ours - together)[:, None]
+    result += tl.load(at, all_inside, 0.0).to(tl.float32) * tl.exp(theirs - together)[:, None]
+    tl.store(to, result.to(out.dtype.element_ty), all_inside)
+    tl.store(sums + head * sums_head + query * sums_query, together, inside)
+
+
+@triton.jit
+def _rotate(
+    query,
+    key,
+    cos,
+    sin,
+    rotated,
+    query_head,
+    query_token,
+    key_head,
+    key_token,
+    cos_token,
+    sin_token,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    inside = dims < HALF
+    of_query = inside & (head < HEADS)
+    of_key = inside & (head >= HEADS) & (head < HEADS + KV_HEADS)
+    asked = query + head * query_head + token * query_token + dims
+    kept = key + (head - HEADS) * key_head + token * key_token + dims
+    first = tl.load(asked, of_query, 0.0).to(tl.float32) + tl.load(kept, of_key, 0.0).to(tl.float32)
+    second = tl.load(asked + HALF, of_query, 0.0).to(tl.float32)
+    second += tl.load(kept + HALF, of_key, 0.0).to(tl.float32)
+    cosines, sines = cos + token * cos_token + dims, sin + token * sin_token + dims
+    low = first * tl.load(cosines, inside, 0.0) - second * tl.load(sines, inside, 0.0)
+    high = second * tl.load(cosines + HALF, inside, 0.0) + first * tl.load(
+        sines + HALF, inside, 0.0
+    )
+    to = rotated + (token * (HEADS + KV_HEADS) + head) * (2 * HALF) + dims
+    tl.store(to, low.to(rotated.dtype.element_ty), of_query | of_key)
+    tl.store(to + HALF, high.to(rotated.dtype.element_ty), of_query | of_key)
