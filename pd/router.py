@@ -120,6 +120,7 @@ def make_router(spec: ClusterSpec, seed: str, num_routers: int = 1) -> Router:
         spec.cache.device,
         router.classes(),
         spec.objectives,
+        num_routers,
     )
 
 
@@ -134,10 +135,11 @@ class Router:
         has_pages: bool = True,
         classes: Sequence[PrioritySpec] = (PrioritySpec(share=1.0),),
         objectives: ObjectivesSpec = ObjectivesSpec(),  # noqa: B008 (frozen)
+        num_routers: int = 1,
     ) -> None:
         """`local_prefill_tokens`: with at most so many missing, leaders prefill where they decode.
         `seed`: another one for each router. `has_pages`: leaders tell what they have cached.
-        `classes`: by priority."""
+        `classes`: by priority. `num_routers`: that have equal parts of the requests."""
         self.admission = Admission(max_queue, [each.share or 1.0 for each in classes])
         self.policy: Policy = policy
         self.pages = PageMap() if has_pages and policy in ("cost", "prefix") else None
@@ -148,6 +150,7 @@ class Router:
         self._by_row: list[ReplicaState | None] = []
         self._slack = [each.slack for each in classes]
         self._objectives = objectives
+        self._num_routers = num_routers
         self._table = _Table(0, len(classes))
         self._transfers = _Sum()
         """Seconds for each token, by what the replicas have reported since they started."""
@@ -343,7 +346,8 @@ class Router:
                 slowdown = float(table.slowdown.or_mean(0.0)[decode])
                 excess = min(num_requests, (token_s - limit) / max(slowdown, _LEAST_S))
                 num_ends = math.ceil(excess) * (len(self._pairs) + len(self._alone))
-                return Overloaded(text, self.admission.seconds_for(num_ends, now))
+                own = math.ceil(num_ends / self._num_routers)
+                return Overloaded(text, self.admission.seconds_for(own, now))
         return None
 
     def _limit(self, objective: float | None, priority: int) -> float | None:

@@ -61,9 +61,10 @@ class Failure(enum.Enum):
     TIMEOUT = "timeout"
 
 
-class _Cohort(NamedTuple):
-    name: str
+class _Replica(NamedTuple):
+    cohort: str
     fingerprint: str
+    max_context: int
 
 
 @dataclass(slots=True)
@@ -194,8 +195,7 @@ class EngineClient:
         self._page_tokens = page_tokens
         self._fingerprint: str | None = None
         """That most of the replicas which decode have: of new requests, at first."""
-        self._cohorts: dict[str, _Cohort] = {}
-        """By replica."""
+        self._known: dict[str, _Replica] = {}
         self._streams: dict[str, OutputStream] = {}
         self._draining: set[str] = set()
         self.router = router
@@ -216,10 +216,18 @@ class EngineClient:
             self._ask(name, wanted)
             router.update(name, role, known.load, now)
 
-    def on_peer_up(self, name: str, role: Role, fingerprint: str = "", cohort: str = "") -> None:
+    def on_peer_up(
+        self,
+        name: str,
+        role: Role,
+        fingerprint: str = "",
+        cohort: str = "",
+        max_context: int = 2**31,
+    ) -> None:
         """`name` may be given requests; after a restart, report it down first. `fingerprint`: of
-        the model that it serves; `cohort`: those that can hand over to each other."""
-        self._cohorts[name] = _Cohort(cohort, fingerprint)
+        the model that it serves; `cohort`: those that can hand over to each other; `max_context`:
+        tokens of a request that it holds."""
+        self._known[name] = _Replica(cohort, fingerprint, max_context)
         now = asyncio.get_running_loop().time()
         self._ask(name, self.router.update(name, role, None, now, cohort=cohort))
         self._replicas_changed()
@@ -227,7 +235,7 @@ class EngineClient:
     def _replicas_changed(self) -> None:
         decoding = [each for each in self.router.replicas() if each.role != "prefill"]
         serving = [each for each in decoding if not each.draining] or decoding
-        found = Counter(self._cohorts[each.name].fingerprint for each in serving)
+        found = Counter(self._known[each.name].fingerprint for each in serving)
         if found:
             self._fingerprint = max(found, key=lambda each: (found[each], each))
         self._go_on()
@@ -236,7 +244,7 @@ class EngineClient:
         """Requests that decode on `name` go on elsewhere, from what was delivered, if there is a
         replica in time. Where it was to prefill, the decode leader finds another."""
         self.router.remove(name)
-        self._cohorts.pop(name, None)
+        self._known.pop(name, None)
         self._draining.discard(name)
         for stream in self._streams.values():
             if stream.placement is not None and stream.placement.decode == name:
@@ -276,8 +284,11 @@ class EngineClient:
         num_tokens = len(generate.prompt) // 4 + len(new)
         placement = self.router.place(num_tokens, generate.page_hashes, priority=generate.priority)
         if source:
+            longest = len(generate.prompt) // 4 + generate.sampling.max_tokens
+            if longest > self._known[placement.decode].max_context:
+                return  # it can still end where it is
             self._send(source, Abort(generate.request_id))
-            is_near = self._cohorts[placement.decode].name == self._cohorts[source].name
+            is_near = self._known[placement.decode].cohort == self._known[source].cohort
             if stream.num_tokens and is_near:
                 placement = Placement(placement.decode, source)
         if new:
@@ -415,7 +426,7 @@ class EngineClient:
     def _start(self, stream: OutputStream, placement: Placement) -> None:
         stream.placement = placement
         generate = stream.generate
-        root = root_hash(self._cohorts[placement.decode].fingerprint, stream.cache_salt)
+        root = root_hash(self._known[placement.decode].fingerprint, stream.cache_salt)
         if root != generate.root:
             hashes = page_hashes(unpack_ints(generate.prompt), self._page_tokens, root)
             stream.generate = msgspec.structs.replace(

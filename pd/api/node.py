@@ -157,7 +157,8 @@ class ApiNode(Node):
             self._client.caches.keeper_up(member.name)
         elif member.role is not None:
             role = replica_role(member.role)
-            self._client.on_peer_up(member.name, role, member.fingerprint, member.cohort)
+            facts = member.fingerprint, member.cohort, member.max_context
+            self._client.on_peer_up(member.name, role, *facts)
 
     def member_left(self, member: Member, reason: str) -> None:
         if member.role is None:

@@ -49,7 +49,8 @@ class _Client(Node):
     def member_joined(self, member: Member) -> None:
         if member.role in ("prefill", "decode", "both"):
             role = replica_role(member.role)
-            self.client.on_peer_up(member.name, role, member.fingerprint, member.cohort)
+            facts = member.fingerprint, member.cohort, member.max_context
+            self.client.on_peer_up(member.name, role, *facts)
 
     def member_left(self, member: Member, reason: str) -> None:
         self.client.on_peer_down(member.name, reason)

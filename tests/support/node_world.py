@@ -43,7 +43,8 @@ class ClientNode(Node):
         if member.role == "cache":
             self.client.keepers[member.name] = {}
         elif member.role is not None:
-            self.client.on_peer_up(member.name, member.role, member.fingerprint, member.cohort)
+            facts = member.fingerprint, member.cohort, member.max_context
+            self.client.on_peer_up(member.name, member.role, *facts)
 
     def member_draining(self, member: Member) -> None:
         self.client.on_peer_draining(member.name)

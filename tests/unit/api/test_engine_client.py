@@ -193,6 +193,27 @@ def test_a_draining_replica_hands_its_requests_over(engine_client: Make, leaders
     run(body("other", ""))
 
 
+def test_a_request_ends_where_it_is_if_no_other_holds_it(engine_client: Make, leaders: Any) -> None:
+    async def body() -> None:
+        client = engine_client()
+        leaders.mode = "stuck_after_two"
+        stream = client.submit(PROMPT, PARAMS)
+        await two_tokens(stream)
+        client.on_peer_draining("decode-0")
+        longest = len(PROMPT) + PARAMS.max_tokens
+        client.on_peer_up("decode-1", "decode", "test model", max_context=longest - 1)
+        assert client.counters.moves == 0
+        assert len(leaders.generates()) == 1
+        client.on_peer_draining("decode-1")
+        leaders.mode = "answer"
+        client.on_peer_up("decode-2", "decode", "test model", max_context=longest)
+        await drain(stream)
+        assert client.counters.moves == 1
+        client.check_integrity()
+
+    run(body())
+
+
 def test_a_router_is_exchanged_under_way(engine_client: Make, leaders: Any) -> None:
     """Requests are counted on, though their class is not there any more."""
 

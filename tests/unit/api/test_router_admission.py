@@ -161,15 +161,19 @@ def test_requests_that_would_make_tokens_late_are_refused() -> None:
         place(slow, 10)
 
 
-def test_retry_after_for_tokens_counts_requests_that_have_to_end() -> None:
-    router = objective_router(TPOT)
+@pytest.mark.parametrize(("num_routers", "seconds"), [(1, 5), (2, 3)])
+def test_retry_after_for_tokens_counts_requests_that_have_to_end(
+    num_routers: int, seconds: int
+) -> None:
+    """Those of other routers end as well."""
+    router = Router(100, objectives=TPOT, num_routers=num_routers)
     decodes(router, 39)  # ten too many
     router.admit(50, now=100.0)
     for number in range(1, 21):
         router.release(now=100.0 + number / 2)
     with pytest.raises(Overloaded) as caught:
         place(router, 10, now=110.0)
-    assert caught.value.retry_after_s == 5
+    assert caught.value.retry_after_s == seconds
 
 
 # ------------------------------------------------------------------------------ cohorts and drains
