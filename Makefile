@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or 3.12: the first run installs into .venv.
 #   make demo PYTHON=/path/to/python3.12      another interpreter
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint format bench check clean
+.PHONY: help demo test test-long test-matrix lint format bench check clean
 .DELETE_ON_ERROR:
 
 # The first that runs: a pyenv shim for a version that is not there is found, but fails.
@@ -12,12 +12,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# One more than cores: some wait for their peers' deadlines.
+MANY := -n $(shell expr $$(nproc) + 1) --dist worksteal
 SPEC ?= examples/local.yaml
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 help:
 	@echo "make demo     serve examples/local.yaml, show one answer and where its time went"
 	@echo "make test     all tests; make test ARGS='-m \"not e2e\"' leaves out the slow ones"
+	@echo "make test-long     more seeds, models and transports of the same tests"
 	@echo "make test-matrix   model families and parallel shapes, all pairs; ranks killed 50 times"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatting"
@@ -44,9 +47,13 @@ test: $(INSTALLED)
 ifdef ARGS
 	@$(BIN)/python -m pytest -q $(ARGS)
 else
-	@$(BIN)/python -m pytest -q -n $$(nproc) --dist worksteal tests/unit tests/contract tests/sim
-	@$(BIN)/python -m pytest -q --durations=15 tests/e2e
+	@$(BIN)/python -m pytest -q -m "not long" $(MANY) tests/unit tests/contract tests/sim
+	@$(BIN)/python -m pytest -q -m "not long" --durations=15 tests/e2e
 endif
+
+test-long: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -m long $(MANY) tests/unit
+	@$(BIN)/python -m pytest -q -m long tests/e2e
 
 test-matrix: $(INSTALLED)
 	@$(BIN)/python -m pytest -q tests/matrix $(ARGS)

@@ -384,7 +384,7 @@ class _Rank:
         seconds = dict.fromkeys(("attention", "pages", "products", "collectives", "other"), 0.0)
         launches = 0
         graphs = self.runner.graphs
-        is_graph = bool(graphs and graphs.sizes) and len(command.tokens) == len(command.rows)
+        is_graph = graphs is not None and graphs.covers(command)
         for event in profiler.events():
             if is_graph:
                 if event.device_type == DeviceType.CUDA and not event.is_user_annotation:

@@ -89,13 +89,18 @@ class _Gather:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PagedKeys:
-    """What decoding requests attend to: positions first..end of their sequences."""
+class PagedTokens:
+    """Tokens whose keys and values kernels find in pages. All int32, on the device; what they hold
+    may differ from step to step."""
 
     slots: torch.Tensor
-    """(requests, pages) int32, rows may lie apart: the pool's pages."""
-    bounds: torch.Tensor
-    """(requests, 2) int32, likewise: first, end. The step's token is the last one before `end`."""
+    """(requests, pages): the pool's pages."""
+    tokens: torch.Tensor
+    """(tokens, 2): each token's request, by its place in `slots`, and position in the sequence."""
+    blocks: torch.Tensor
+    """(blocks, 2): tokens of one request, next to each other: the first's number, how many."""
+    block_tokens: int
+    """In a block, at most."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,8 +110,8 @@ class _GroupPlan:
     """(planes, own tokens * kv_heads): token rows of layer place 0 that the step's keys and values
     are written to. None: there are only those of `paged`, which knows them."""
     gathers: list[_Gather]
-    paged: PagedKeys | None = None
-    """Of the step's first requests, which have one token each and are in no gather."""
+    paged: PagedTokens | None = None
+    """The step's first tokens, which are in no gather."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -167,7 +172,7 @@ def plan_attention(
         token_rows = pool.token_rows(pages, position % page_tokens)
         paged, gathers = None, []
         if can_page(pool) and cp.size == 1:
-            paged = _plan_paged(command, pool, table)
+            paged = _page_decodes(command, pool, table)
         else:
             gathers = _plan_decodes(command, pool, table, cp)
         for i in np.flatnonzero(counts > 1):
@@ -178,7 +183,7 @@ def plan_attention(
 
 
 def can_page(pool: PagePool) -> bool:
-    """Decoding requests need no gather."""
+    """There are kernels that need no gather."""
     if pool.device.type != "cuda" or pool.layout.group.kind == "latent":
         return False
     from pd.engine.kernels import MAX_DIM
@@ -186,37 +191,28 @@ def can_page(pool: PagePool) -> bool:
     return pool.layout.group.head_dim <= MAX_DIM
 
 
-def plan_decode(
-    pools: Sequence[PagePool],
-    place: dict[int, tuple[int, int]],
-    keys: Sequence[PagedKeys],
+def plan_paged(
+    pools: Sequence[PagePool], place: dict[int, tuple[int, int]], paged: Sequence[PagedTokens]
 ) -> AttentionPlan:
-    """Of requests with one token each; what `keys` hold may change between layers' calls and the
-    next step's."""
-    groups = [_GroupPlan(pool, None, [], each) for pool, each in zip(pools, keys, strict=True)]
+    """Of a step all of whose tokens are in pages, by layer group."""
+    groups = [_GroupPlan(pool, None, [], each) for pool, each in zip(pools, paged, strict=True)]
     nobody = Group("cp", 1, 0, None, False)
-    nothing = np.zeros(0, np.int64)
-    return AttentionPlan(groups, place, nothing, torch.zeros(0), nobody)
+    return AttentionPlan(groups, place, np.zeros(0, np.int64), torch.zeros(0), nobody)
 
 
-def _plan_paged(command: StepCommand, pool: PagePool, table: Int32Array) -> PagedKeys | None:
-    num_decodes = int((command.counts == 1).sum())
-    if not num_decodes:
+def _page_decodes(command: StepCommand, pool: PagePool, table: Int32Array) -> PagedTokens | None:
+    count = int((command.counts == 1).sum())
+    if not count:
         return None
-    positions = command.positions[:num_decodes]
+    positions = command.positions[:count]
     longest = int(positions.max()) // pool.layout.page_tokens + 1
-    numbers = np.empty((num_decodes, 2 + longest), np.int32)
-    find_bounds(positions, pool, numbers[:, :2])
-    numbers[:, 2:] = table[command.rows[:num_decodes], :longest]
+    numbers = np.empty((count, 4 + longest), np.int32)
+    numbers[:, 0] = numbers[:, 2] = np.arange(count)
+    numbers[:, 1], numbers[:, 3] = positions, 1
+    numbers[:, 4:] = table[command.rows[:count], :longest]
     there = torch.from_numpy(numbers).to(pool.device)
-    return PagedKeys(there[:, 2:], there[:, :2])
-
-
-def find_bounds(positions: Int32Array, pool: PagePool, bounds: Int32Array) -> None:
-    """What a token at each of the positions attends to, as in PagedKeys."""
-    group = pool.layout.group
-    bounds[:, 1] = positions + 1
-    bounds[:, 0] = np.maximum(0, positions + 1 - group.window) if group.kind == "sliding" else 0
+    tokens, blocks = there[:, :2].contiguous(), there[:, 2:4].contiguous()
+    return PagedTokens(there[:, 4:], tokens, blocks, 1)
 
 
 def _deal_out(
@@ -330,7 +326,9 @@ def paged_attention(
     if value is None:
         query, value_dim, expand = _absorb(module, query)
     if group.token_rows is None:
-        return _decode(group, place, query, key, value, scaling, s_aux, softcap)[None], None
+        assert value is not None
+        _write_paged(group, place, key, value)
+        return _attend_paged(group, place, query, scaling, s_aux, softcap)[None], None
     new = (key,) if value is None else (key, value)
     stored = [each[0].transpose(0, 1).to(pool.dtype) for each in new]  # (tokens, kv_heads, dim)
     if pool.dtype == torch.float16:
@@ -369,23 +367,12 @@ def paged_attention(
     return (out if expand is None else expand(out))[None], None
 
 
-def _decode(
-    group: _GroupPlan,
-    place: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
-    scaling: float,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """-> (requests, heads, dim)."""
+def _write_paged(group: _GroupPlan, place: int, key: torch.Tensor, value: torch.Tensor) -> None:
     from pd.engine import kernels
 
     assert group.paged is not None
-    assert value is not None
-    kernels.write(group.pool, place, group.paged, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return _attend_paged(group, place, query, scaling, sinks, softcap)
+    new = (each[0].transpose(0, 1) for each in (key, value))
+    kernels.write(group.pool, place, group.paged, *new)
 
 
 def _attend_paged(
@@ -396,11 +383,11 @@ def _attend_paged(
     sinks: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Of the step's first requests, (requests, heads, dim)."""
+    """(tokens, heads, dim)."""
     from pd.engine import kernels
 
     assert group.paged is not None
-    asked = query[0, :, : len(group.paged.slots)].transpose(0, 1)
+    asked = query[0, :, : len(group.paged.tokens)].transpose(0, 1)
     return kernels.attend(group.pool, place, group.paged, asked, scaling, softcap, sinks)
 
 

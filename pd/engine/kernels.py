@@ -1,27 +1,31 @@
-"""What torch has no kernels for: decoding requests read keys and values where they lie and write
-their new ones there, results over parts of the keys are merged, queries and keys are rotated.
+"""What torch has no kernels for: tokens read keys and values where they lie and write their own
+there, results over parts of the keys are merged, queries and keys are rotated.
 
-A decoding request's keys are cut into parts that are attended to at once, however few requests
-there are. How many tokens a request has is read on the device, so that a launch is right for any
-lengths (pd/engine/graphs.py).
+The keys of a block of tokens are cut into parts that are attended to at once, however few tokens
+there are. How many, and of which requests, is read on the device, so that a launch is right for any
+step of one shape (pd/engine/graphs.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from pd.engine.attention import PagedKeys
+from pd.engine.attention import PagedTokens
 from pd.engine.pool import PagePool
 
 MAX_DIM = 256
 """Of a head; of more, a tile of keys would not fit."""
-_MOST_PARTS, _FEWEST_PARTS = 64, 8
+_MOST_PARTS, _FEWEST_PARTS = 64, 4
 _PART_TILES = 4
 """Fewest tiles of keys in a part: merging one costs more."""
+_ROWS = 128
+"""Of queries and heads that a program takes; of wide ones fewer."""
 _PROGRAMS = 4
 """For each multiprocessor."""
 _MERGED = 16
@@ -31,19 +35,19 @@ _ROTATED = 1024
 
 
 def write(
-    pool: PagePool, place: int, keys: PagedKeys, key: torch.Tensor, value: torch.Tensor
+    pool: PagePool, place: int, paged: PagedTokens, key: torch.Tensor, value: torch.Tensor
 ) -> None:
-    """Store the new token of each request, (requests, kv_heads, dim), for the layer at `place`."""
-    requests, heads, dim = key.shape
+    """Store what is new, both (tokens, kv_heads, dim), for the layer at `place`."""
+    tokens, heads, dim = key.shape
     page, head, plane = _strides(pool)
-    _write[(requests, heads)](
+    _write[(tokens, heads)](
         key,
         value,
         pool.data,
-        keys.slots,
-        keys.bounds,
+        paged.slots,
+        paged.tokens,
         *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
-        *(keys.slots.stride(0), keys.bounds.stride(0)),
+        paged.slots.stride(0),
         *(page, head, plane, place * 2 * plane),
         PAGE=pool.layout.page_tokens,
         DIM=dim,
@@ -56,51 +60,56 @@ def write(
 def attend(
     pool: PagePool,
     place: int,
-    keys: PagedKeys,
+    paged: PagedTokens,
     query: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (requests, heads, dim) -> the same; the layer at `place` has been written to. `sinks`:
-    a logit for each head that takes its share of the weights."""
-    requests, heads, dim = query.shape
-    kv_heads = pool.layout.group.kv_heads
+    """query (tokens, heads, dim) -> the same; the layer at `place` has been written to. `sinks`: a
+    logit for each head that takes its share of the weights."""
+    (tokens, heads, dim), layout = query.shape, pool.layout
+    kv_heads = layout.group.kv_heads
     group = heads // kv_heads
     block_d = triton.next_power_of_2(dim)
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    wanted = triton.next_power_of_2(_PROGRAMS * processors // (requests * kv_heads) + 1)
-    parts = min(max(wanted, _FEWEST_PARTS), _MOST_PARTS)
-    partial = query.new_empty(requests, heads, parts, dim, dtype=torch.float32)
-    sums = query.new_empty(requests, heads, parts, dtype=torch.float32)
-    page, head, plane = _strides(pool)
     is_wide = query.dtype == torch.float32 or block_d > 128
-    _attend[(requests, kv_heads, parts)](
+    rows = max(16, triton.next_power_of_2(group * paged.block_tokens))
+    rows = min(rows, _ROWS if not is_wide else _ROWS // 2 if block_d <= 128 else _ROWS // 4)
+    pieces = triton.cdiv(group * paged.block_tokens, rows)
+    programs = len(paged.blocks) * pieces * kv_heads
+    wanted = triton.next_power_of_2(_PROGRAMS * _num_processors(query.device) // programs + 1)
+    parts = min(max(wanted, _FEWEST_PARTS), _MOST_PARTS)
+    partial = query.new_empty(tokens, heads, parts, dim, dtype=torch.float32)
+    sums = query.new_empty(tokens, heads, parts, dtype=torch.float32)
+    page, head, plane = _strides(pool)
+    _attend[(len(paged.blocks) * pieces, kv_heads, parts)](
         query,
         pool.data,
-        keys.slots,
-        keys.bounds,
+        paged.slots,
+        paged.tokens,
+        paged.blocks,
         partial,
         sums,
         scaling,
         softcap or 0.0,
         *(query.stride(0), query.stride(1)),
-        *(keys.slots.stride(0), keys.bounds.stride(0)),
+        paged.slots.stride(0),
         *(page, head, plane, place * 2 * plane),
-        PARTS=parts,
         PART_TILES=_PART_TILES,
         GROUP=group,
-        PAGE=pool.layout.page_tokens,
+        WINDOW=layout.group.window if layout.group.kind == "sliding" else 0,
+        PAGE=layout.page_tokens,
         DIM=dim,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        PIECES=pieces,
+        BLOCK_R=rows,
         BLOCK_D=block_d,
         BLOCK_N=32 if is_wide else 64,
         HAS_SOFTCAP=softcap is not None,
-        num_warps=4,
+        num_warps=8 if rows == _ROWS else 4,
         num_stages=2 if is_wide else 3,
     )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _merge[(requests, heads)](
+    _merge[(tokens, heads)](
         partial,
         sums,
         sinks,
@@ -112,6 +121,12 @@ def attend(
         num_warps=4,
     )
     return out
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def merge(
@@ -174,13 +189,12 @@ def _write(
     value,
     pool,
     slots,
-    bounds,
-    key_request,
+    tokens,
+    key_token,
     key_head,
-    value_request,
+    value_token,
     value_head,
     slots_row,
-    bounds_row,
     page_stride,
     head_stride,
     plane_stride,
@@ -190,16 +204,16 @@ def _write(
     BLOCK_D: tl.constexpr,
     IS_HALF: tl.constexpr,
 ):
-    request, head = tl.program_id(0), tl.program_id(1)
+    token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
-    position = tl.load(bounds + request * bounds_row + 1) - 1
+    request, position = tl.load(tokens + 2 * token), tl.load(tokens + 2 * token + 1)
     slot = tl.load(slots + request * slots_row + position // PAGE).to(tl.int64)
     to = pool + slot * page_stride + head * head_stride + layer + (position % PAGE) * DIM + dims
     for plane in tl.static_range(2):
         if plane == 0:
-            found = tl.load(key + request * key_request + head * key_head + dims, dims < DIM)
+            found = tl.load(key + token * key_token + head * key_head + dims, dims < DIM)
         else:
-            found = tl.load(value + request * value_request + head * value_head + dims, dims < DIM)
+            found = tl.load(value + token * value_token + head * value_head + dims, dims < DIM)
         if IS_HALF:
             # An overflow would outlive its request: a masked key times infinity is not nothing.
             found = found.to(tl.float32)
@@ -213,80 +227,90 @@ def _attend(
     query,
     pool,
     slots,
-    bounds,
+    tokens,
+    blocks,
     partial,
     sums,
     scaling,
     softcap,
-    query_request,
+    query_token,
     query_head,
     slots_row,
-    bounds_row,
     page_stride,
     head_stride,
     plane_stride,
     layer,
-    PARTS: tl.constexpr,
     PART_TILES: tl.constexpr,
     GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    request, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = tl.load(bounds + request * bounds_row)
-    end = tl.load(bounds + request * bounds_row + 1)
-    first_tile = first // BLOCK_N
-    last_tile = tl.cdiv(end, BLOCK_N)
-    each = tl.maximum(tl.cdiv(last_tile - first_tile, PARTS), PART_TILES)
+    block, kv_head, part = tl.program_id(0) // PIECES, tl.program_id(1), tl.program_id(2)
+    first_token, count = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
+    # A row is a token and a query head.
+    first_row = tl.program_id(0) % PIECES * BLOCK_R
+    if first_row >= count * GROUP:
+        return
+    rows, dims = first_row + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    is_row = rows < count * GROUP
+    token = (first_token + rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    request = tl.load(tokens + 2 * first_token)
+    position = tl.load(tokens + 2 * token + 1, is_row, 0)
+    last = tl.max(position, 0)
+    first_tile = 0
+    if WINDOW:
+        earliest = tl.min(tl.where(is_row, position, last), 0)
+        first_tile = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N
+    last_tile = last // BLOCK_N + 1
+    parts = tl.num_programs(2)
+    each = tl.maximum(tl.cdiv(last_tile - first_tile, parts), PART_TILES)
     begin = first_tile + part * each
     until = tl.minimum(begin + each, last_tile)
-
-    group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    in_group = group < GROUP
-    head = kv_head * GROUP + group
-    row = (request.to(tl.int64) * tl.num_programs(1) * GROUP + head) * PARTS + part
+    into = (token * tl.num_programs(1) * GROUP + head) * parts + part
     if begin >= until:
-        tl.store(sums + row, tl.full([BLOCK_G], float("-inf"), tl.float32), in_group)
+        tl.store(sums + into, tl.full([BLOCK_R], float("-inf"), tl.float32), is_row)
         return
-    asked = tl.load(
-        query + request.to(tl.int64) * query_request + head[:, None] * query_head + dims[None, :],
-        in_group[:, None] & (dims < DIM)[None, :],
-        0.0,
-    )
-    most = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    result = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    in_rows = is_row[:, None] & (dims < DIM)[None, :]
+    at = token[:, None] * query_token + head[:, None] * query_head + dims[None, :]
+    asked = tl.load(query + at, in_rows, 0.0)
+    most = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    result = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     base = pool + kv_head * head_stride + layer
     for tile in range(begin, until):
-        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_attended = (position >= first) & (position < end)
-        slot = tl.load(slots + request * slots_row + position // PAGE, is_attended, 0)
-        at = slot.to(tl.int64) * page_stride + (position % PAGE) * DIM
-        inside = is_attended[:, None] & (dims < DIM)[None, :]
-        lies = base + at[:, None] + dims[None, :]
-        key = tl.load(lies, inside, 0.0).to(asked.dtype)
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        slot = tl.load(slots + request * slots_row + keys // PAGE, keys <= last, 0)
+        lies = slot.to(tl.int64) * page_stride + (keys % PAGE) * DIM
+        there = base + lies[:, None] + dims[None, :]
+        inside = (keys <= last)[:, None] & (dims < DIM)[None, :]
+        key = tl.load(there, inside, 0.0).to(asked.dtype)
         scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
         if HAS_SOFTCAP:
             scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
-        scores = tl.where(is_attended[None, :], scores, float("-inf"))
+        is_attended = keys[None, :] <= position[:, None]
+        if WINDOW:
+            is_attended &= keys[None, :] > position[:, None] - WINDOW
+        scores = tl.where(is_attended, scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        kept = tl.exp(most - higher)
+        # A row may attend to nothing so far.
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(scores - level[:, None])
+        kept = tl.exp(most - level)
         total = total * kept + tl.sum(weights, 1)
-        value = tl.load(lies + plane_stride, inside, 0.0).to(asked.dtype)
+        value = tl.load(there + plane_stride, inside, 0.0).to(asked.dtype)
         result = result * kept[:, None]
         result += tl.dot(weights.to(asked.dtype), value, input_precision="ieee")
         most = higher
-    tl.store(sums + row, most + tl.log(total), in_group)
-    tl.store(
-        partial + row[:, None] * DIM + dims[None, :],
-        result / total[:, None],
-        in_group[:, None] & (dims < DIM)[None, :],
-    )
+    tl.store(sums + into, most + tl.log(total), is_row)
+    found = result / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(partial + into[:, None] * DIM + dims[None, :], found, in_rows)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from transfer.layout import PageLayout
 from transfer.topology import ReplicaLayout
 
 if TYPE_CHECKING:
-    from pd.engine.graphs import DecodeGraphs
+    from pd.engine.graphs import StepGraphs
 
 LAYOUT_VERSION = 1
 """Of rule 1's byte order; part of the compatibility check and of every page hash."""
@@ -124,12 +124,12 @@ class ModelRunner:
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
         self._sampler = Sampler(max_rows, self.vocab_size, self.device)
-        self.graphs: DecodeGraphs | None = None
-        """Of decode steps, where they can be captured."""
+        self.graphs: StepGraphs | None = None
+        """Of small steps, where they can be captured."""
         if self.ranks.topology.num_ranks == 1 and all(map(attention.can_page, self.pools)):
-            from pd.engine.graphs import DecodeGraphs
+            from pd.engine.graphs import StepGraphs
 
-            self.graphs = DecodeGraphs(self._decode, self.pools, self._place, max_rows, width)
+            self.graphs = StepGraphs(self._forward, self.pools, self._place, max_rows, width)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk and a single token through the null page, so that the first request does not
@@ -142,7 +142,7 @@ class ModelRunner:
             pages = [np.zeros((0, 3), np.int32) for _ in self.pools]
             self.step(StepCommand([start], zero, zero, counts, np.ones(1, np.bool_), tokens, pages))
         if self.graphs is not None:
-            self.graphs.capture_all()
+            self.graphs.capture_all(num_tokens)
         for pool in self.pools:
             pool.data[0].zero_()
 
@@ -157,12 +157,11 @@ class ModelRunner:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
             table[update[:, 0], update[:, 1]] = update[:, 2]
-        if self.graphs is not None and len(command.tokens) == len(command.rows):
+        if self.graphs is not None:
             logits = self.graphs.step(command, self._tables)
             if logits is not None:
-                if not command.sample.all():
-                    logits = logits[self._tensor(np.flatnonzero(command.sample))]
-                return self._done(StepResult(*self._sampler.sample(logits, command), 0.0), begin)
+                sampled = self._sampler.sample(logits, command) if len(logits) else ([], [])
+                return self._done(StepResult(*sampled, 0.0), begin)
         plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
         positions = np.arange(len(command.tokens)) + np.repeat(
@@ -198,13 +197,20 @@ class ModelRunner:
             torch.cuda.current_stream(self.device).synchronize()
         return dataclasses.replace(result, seconds=time.perf_counter() - begin)
 
-    def _decode(
-        self, tokens: torch.Tensor, positions: torch.Tensor, plan: attention.AttentionPlan
+    def _forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        samples: torch.Tensor,
+        plan: attention.AttentionPlan,
     ) -> torch.Tensor:
-        """One token of each request -> logits, (requests, vocabulary)."""
+        """-> logits, (samples, vocabulary)."""
         with attention.use_plan(plan):
             found = self.model(
-                input_ids=tokens.long()[None], position_ids=positions.long()[None], use_cache=False
+                input_ids=tokens.long()[None],
+                position_ids=positions.long()[None],
+                logits_to_keep=samples.long(),
+                use_cache=False,
             )
         logits: torch.Tensor = found.logits[0]
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from pd.node import Node
 from pd.spec import ClusterSpec
 
 PAGE = 8
+WRITES = ("write_through", "write_through_selective", "write_back")
 NUM_CONVERSATIONS, NUM_TURNS = 6, 3
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
@@ -207,8 +209,13 @@ def test_conversations_over_storage(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("write", ["write_through", "write_through_selective", "write_back"])
-@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "write"),
+    [
+        each if number in (0, 4, 8) else pytest.param(*each, marks=pytest.mark.long)
+        for number, each in enumerate(itertools.product(("qwen3", "mistral", "gpt_oss"), WRITES))
+    ],
+)
 def test_every_write_policy(
     family: str,
     write: str,

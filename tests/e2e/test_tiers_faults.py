@@ -203,6 +203,7 @@ def check_every_tier(
 # ----------------------------------------------------------------------------------- every tier
 
 
+@pytest.mark.long
 def test_gemma_3_270m(
     start_cluster: Callable[..., Cluster], ray_head: RayHead, tmp_path: Path
 ) -> None:

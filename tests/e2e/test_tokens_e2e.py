@@ -74,17 +74,17 @@ class Served:
 
 
 CASES = (
-    ("qwen3", ""),
-    ("gemma3_text", ""),
-    ("deepseek_v3", ""),
-    ("gemma3_text", "shm"),
-    ("gemma3_text", "mooncake"),
+    pytest.param(("qwen3", ""), id="qwen3"),
+    pytest.param(("gemma3_text", ""), id="gemma3"),
+    pytest.param(("deepseek_v3", ""), id="deepseek", marks=pytest.mark.long),
+    pytest.param(("gemma3_text", "shm"), id="gemma3-shm", marks=pytest.mark.long),
+    pytest.param(("gemma3_text", "mooncake"), id="gemma3-mooncake", marks=pytest.mark.long),
 )
 """(family, transport); empty: the run's own. One family for each kind of layer group: the engine's
 tests and those of all shapes (`make test-matrix`) have every one."""
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CASES)
 def served(
     request: pytest.FixtureRequest,
     start_cluster: Callable[..., Cluster],
@@ -221,18 +221,18 @@ def gemma(start_cluster: Callable[..., Cluster]) -> Iterator[Served]:
 
 
 def test_gemma_3_270m(gemma: Served) -> None:
-    """Prompts of 5 to 1,500 tokens, around and beyond its window of 512: cold, then cached and all
+    """Prompts of 5 to 1,500 tokens, at and beyond its window of 512: cold, then cached and all
     at once, then sixteen others at once."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gemma.cluster.spec["model"]["path"])
     text = "".join(TEXT.format(i, 3 * i + 1, 7 * i % 50) for i in range(40))
     ids = tokenizer.encode(text)
-    prompts = [ids[:length] for length in (5, 100, 400, 511, 512, 513, 1500)]
+    prompts = [ids[:length] for length in (5, 100, 512, 513, 1500)]
     expected = [gemma.reference.generate(prompt, 12) for prompt in prompts]
     for prompt, tokens in zip(prompts, expected, strict=True):
         gemma.check(prompt, 12, tokens)
     again = gemma.check(prompts[-1], 12, expected[-1])
     assert again.timings["cached_tokens_decode"] == 1488
     assert gemma.cluster.complete_all(prompts, 12) == expected
-    gemma.check_at_once([ids[7 * i : 40 * i + 20] for i in range(16)], 8)
+    gemma.check_at_once([ids[7 * i : 20 * i + 20] for i in range(16)], 8)

@@ -11,15 +11,15 @@ import torch
 from devices import DEVICES, needs_cuda
 
 from pd.engine.attention import (
-    PagedKeys,
+    PagedTokens,
     _attend,
     _attend_in_blocks,
     _Gather,
     _has_blocks,
-    find_bounds,
 )
-from pd.engine.graphs import _sizes
+from pd.engine.graphs import _cut, _sizes
 from pd.engine.pool import PagePool
+from pd.messages import Int32Array
 from transfer.layout import LayerGroup, PageLayout
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
@@ -88,68 +88,84 @@ def test_decoding(
     ("heads", "kv_heads", "dim", "page_tokens"),
     [(8, 2, 64, 16), (32, 8, 128, 64), (4, 4, 16, 8), (5, 1, 80, 16), (16, 1, 256, 8)],
 )
-@pytest.mark.parametrize("lengths", [(1,), (3000,), (1, 64, 65, 900, 33)])
+@pytest.mark.parametrize(
+    ("chunks", "block_tokens"),
+    [
+        *(([(0, 1)], 1), ([(2999, 1)], 1), ([(0, 1), (63, 1), (64, 1), (899, 1), (32, 1)], 1)),
+        *(([(0, 1)], 16), ([(0, 40)], 16), ([(2000, 33), (5, 1), (0, 16), (70, 3)], 16)),
+    ],
+)
 @pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(0, None, False), (100, 5.0, True)])
-def test_decoding_where_pages_are(
+def test_tokens_in_pages(
     heads: int,
     kv_heads: int,
     dim: int,
     page_tokens: int,
-    lengths: tuple[int, ...],
+    chunks: list[tuple[int, int]],
+    block_tokens: int,
     window: int,
     softcap: float | None,
     has_sinks: bool,
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    """Each request's new token is stored, and attends with those before it, in scattered pages of
+    """Each request's new tokens are stored, and attend to those before them, in scattered pages of
     the second layer; nothing else of the pool changes."""
     from pd.engine import kernels
 
     device, layers, place = torch.device("cuda"), 3, 1
-    random = torch.Generator(device).manual_seed(len(lengths) + dim)
+    random = torch.Generator(device).manual_seed(len(chunks) + dim)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, device=device).to(dtype)
 
+    def there(array: Int32Array) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
     kind: Literal["full", "sliding"] = "sliding" if window else "full"
-    group = LayerGroup(kind, tuple(range(layers)), kv_heads, dim, window)
-    width = max(lengths) // page_tokens + 1
-    layout = PageLayout(group, page_tokens, dtype.itemsize)
-    pool = PagePool(layout, 1 + width * len(lengths), dtype, device)
+    layout = PageLayout(
+        LayerGroup(kind, tuple(range(layers)), kv_heads, dim, window), page_tokens, dtype.itemsize
+    )
+    width = max(sum(chunk) for chunk in chunks) // page_tokens + 1
+    pool = PagePool(layout, 1 + width * len(chunks), dtype, device)
     pool.data.copy_(numbers(*pool.data.shape))
-    before = pool.data.clone()
-    slots = 1 + torch.randperm(width * len(lengths), generator=random, device=device)
-    positions = np.array(lengths, np.int32) - 1
-    record = torch.zeros(len(lengths), 3 + width, dtype=torch.int32)
-    find_bounds(positions, pool, record.numpy()[:, 1:3])
-    record = record.to(device)
-    record[:, 3:] = slots.view(len(lengths), width)
-    keys = PagedKeys(record[:, 3:], record[:, 1:3])
-    query = numbers(heads, len(lengths), dim).transpose(0, 1)
-    key, value = numbers(2, len(lengths), kv_heads, dim)
+    expected_pool = pool.data.clone()
+    slots = 1 + torch.randperm(width * len(chunks), generator=random, device=device)
+    counts = np.array([count for _, count in chunks])
+    firsts = np.cumsum(counts) - counts
+    of_tokens = [(i, start + k) for i, (start, count) in enumerate(chunks) for k in range(count)]
+    blocks = np.zeros((len(of_tokens) + 3, 2), np.int32)
+    _cut(counts, firsts, block_tokens, blocks)
+    paged = PagedTokens(
+        slots.view(len(chunks), width).int(),
+        there(np.array(of_tokens, np.int32)),
+        there(blocks),
+        block_tokens,
+    )
+    query = numbers(heads, len(of_tokens), dim).transpose(0, 1)
+    key, value = numbers(2, len(of_tokens), kv_heads, dim)
     sinks = numbers(heads) if has_sinks else None
-    kernels.write(pool, place, keys, key, value)
-    found = kernels.attend(pool, place, keys, query, dim**-0.5, softcap, sinks)
-    for i, length in enumerate(lengths):
-        pages = keys.slots[i].long()
-        before[pages[(length - 1) // page_tokens], :, place, :, (length - 1) % page_tokens] = (
-            torch.stack((key[i], value[i]), 1)
-        )
-        stored = before[pages, :, place].double()  # (pages, kv_heads, planes, tokens, dim)
-        both = stored.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
-        all_keys, values = both.repeat_interleave(heads // kv_heads, 1)
-        scores = (all_keys @ query[i].double()[..., None])[..., 0] * dim**-0.5
+    kernels.write(pool, place, paged, key, value)
+    found = kernels.attend(pool, place, paged, query, dim**-0.5, softcap, sinks)
+    for number, (request, position) in enumerate(of_tokens):
+        page = paged.slots[request, position // page_tokens].long()
+        both = torch.stack((key[number], value[number]), 1)
+        expected_pool[page, :, place, :, position % page_tokens] = both
+    assert torch.equal(pool.data, expected_pool)
+    for number, (request, position) in enumerate(of_tokens):
+        stored = pool.data[paged.slots[request].long(), :, place].double()
+        keys_values = stored.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, : position + 1]
+        keys, values = keys_values.repeat_interleave(heads // kv_heads, 1)
+        scores = (keys @ query[number].double()[..., None])[..., 0] * dim**-0.5
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if window:
-            scores[:, : max(0, length - window)] = -torch.inf
+            scores[:, : max(0, position + 1 - window)] = -torch.inf
         if sinks is not None:
             scores = torch.cat((scores, sinks.double()[:, None]), 1)
-        weights = scores.softmax(-1)[:, :length]
+        weights = scores.softmax(-1)[:, : position + 1]
         expected = (weights[:, None] @ values)[:, 0]
-        assert (found[i].double() - expected).norm() / expected.norm() < tolerance
-    assert torch.equal(pool.data, before)
+        assert (found[number].double() - expected).norm() / expected.norm() < tolerance
 
 
 @needs_cuda
@@ -187,3 +203,9 @@ def test_sizes_of_captured_batches() -> None:
             size = sizes[bisect.bisect_left(sizes, count)]
             assert size - count <= max(7, count / 3)
     assert len(_sizes(256)) < 20
+
+
+def test_runs_of_tokens_are_cut_into_blocks() -> None:
+    blocks = np.full((8, 2), -1, np.int32)
+    _cut(np.array([3, 9, 0, 4]), np.array([0, 3, 12, 12]), 4, blocks)
+    assert blocks.tolist() == [[0, 3], [3, 4], [7, 4], [11, 1], [12, 4], [0, 0], [0, 0], [0, 0]]

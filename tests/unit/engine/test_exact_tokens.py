@@ -161,6 +161,15 @@ def test_all_at_once(case: Case, max_batch_tokens: int) -> None:
         assert engine.most_running >= 8
 
 
+def test_without_graphs(case: Case) -> None:
+    """Large steps have none."""
+    if case.device.type != "cuda":
+        pytest.skip("there are none on a CPU")
+    engine = Engine(case.runner, 400, 33)
+    case.runner.graphs = None
+    assert [output(s) for s in engine.run(case.prompts)] == case.expected
+
+
 @pytest.mark.parametrize("max_batch_tokens", [7, 33])
 def test_preempted(case: Case, max_batch_tokens: int) -> None:
     """A pool in which many are admitted, and few can finish."""

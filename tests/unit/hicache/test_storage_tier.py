@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from sampling import a_fifth_of
 from storage_tier_world import FULL, LATENT, PAGE_TOKENS, ROOT, World, sliding
 
 from hicache.index import PageIndex
@@ -1408,7 +1409,7 @@ class Simulation:
         assert prefetch.num_pages <= expected
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", a_fifth_of(range(10)))
 def test_random_calls_and_faults(part):
     for seed in range(part * SEEDS // 10, (part + 1) * SEEDS // 10):
         try:
