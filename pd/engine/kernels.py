@@ -21,13 +21,11 @@ from pd.engine.pool import PagePool
 
 MAX_DIM = 256
 """Of a head; of more, a tile of keys would not fit."""
-_MOST_PARTS, _FEWEST_PARTS = 64, 4
-_PART_TILES = 4
-"""Fewest tiles of keys in a part: merging one costs more."""
-_ROWS = 128
-"""Of queries and heads that a program takes; of wide ones fewer."""
-_PROGRAMS = 4
-"""For each multiprocessor."""
+_MOST_PARTS = 64
+_PART_KEYS = 256
+"""Fewest in a part: merging one costs more."""
+_ROWS = 64
+"""Of queries and heads that a program takes."""
 _MERGED = 16
 """Queries a program."""
 _ROTATED = 1024
@@ -73,14 +71,18 @@ def attend(
     group = heads // kv_heads
     block_d = triton.next_power_of_2(dim)
     is_wide = query.dtype == torch.float32 or block_d > 128
-    rows = max(16, triton.next_power_of_2(group * paged.block_tokens))
-    rows = min(rows, _ROWS if not is_wide else _ROWS // 2 if block_d <= 128 else _ROWS // 4)
+    is_decode = paged.block_tokens == 1
+    rows = min(max(16, triton.next_power_of_2(group * paged.block_tokens)), _ROWS)
+    if is_wide and block_d > 128:
+        rows //= 2
+    keys = 32 if is_wide else 64 if is_decode else 128
     pieces = triton.cdiv(group * paged.block_tokens, rows)
-    programs = len(paged.blocks) * pieces * kv_heads
-    wanted = triton.next_power_of_2(_PROGRAMS * _num_processors(query.device) // programs + 1)
-    parts = min(max(wanted, _FEWEST_PARTS), _MOST_PARTS)
-    partial = query.new_empty(tokens, heads, parts, dim, dtype=torch.float32)
-    sums = query.new_empty(tokens, heads, parts, dtype=torch.float32)
+    parts = _num_parts(tokens, kv_heads, group, rows, is_decode, query.device)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    partial, sums = out, out
+    if parts > 1:
+        partial = query.new_empty(tokens, heads, parts, dim, dtype=torch.float32)
+        sums = query.new_empty(tokens, heads, parts, dtype=torch.float32)
     page, head, plane = _strides(pool)
     _attend[(len(paged.blocks) * pieces, kv_heads, parts)](
         query,
@@ -90,12 +92,13 @@ def attend(
         paged.blocks,
         partial,
         sums,
+        sinks,
         scaling,
         softcap or 0.0,
         *(query.stride(0), query.stride(1)),
         paged.slots.stride(0),
         *(page, head, plane, place * 2 * plane),
-        PART_TILES=_PART_TILES,
+        PART_TILES=_PART_KEYS // keys,
         GROUP=group,
         WINDOW=layout.group.window if layout.group.kind == "sliding" else 0,
         PAGE=layout.page_tokens,
@@ -103,24 +106,37 @@ def attend(
         PIECES=pieces,
         BLOCK_R=rows,
         BLOCK_D=block_d,
-        BLOCK_N=32 if is_wide else 64,
+        BLOCK_N=keys,
         HAS_SOFTCAP=softcap is not None,
-        num_warps=8 if rows == _ROWS else 4,
-        num_stages=2 if is_wide else 3,
-    )
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _merge[(tokens, heads)](
-        partial,
-        sums,
-        sinks,
-        out,
-        PARTS=parts,
-        DIM=dim,
-        BLOCK_D=block_d,
+        IS_WHOLE=parts == 1,
         HAS_SINKS=sinks is not None,
         num_warps=4,
+        num_stages=2 if is_wide else 3 if is_decode else 1,
     )
+    if parts > 1:
+        _merge[(tokens, heads)](
+            partial,
+            sums,
+            sinks,
+            out,
+            PARTS=parts,
+            DIM=dim,
+            BLOCK_D=block_d,
+            HAS_SINKS=sinks is not None,
+            num_warps=4 if parts * block_d > 1024 else 1,
+        )
     return out
+
+
+def _num_parts(
+    tokens: int, kv_heads: int, group: int, rows: int, is_decode: bool, device: torch.device
+) -> int:
+    """So many that all multiprocessors have some programs, a power of two. When decoding, one
+    request may have most of the keys."""
+    programs = kv_heads * (tokens if is_decode else triton.cdiv(tokens * group, rows))
+    wanted = triton.cdiv((4 if is_decode else 2) * _num_processors(device), programs)
+    parts: int = triton.next_power_of_2(wanted)
+    return min(max(parts, 4 if is_decode else 1), _MOST_PARTS)
 
 
 @functools.cache
@@ -231,6 +247,7 @@ def _attend(
     blocks,
     partial,
     sums,
+    sinks,
     scaling,
     softcap,
     query_token,
@@ -250,6 +267,8 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     block, kv_head, part = tl.program_id(0) // PIECES, tl.program_id(1), tl.program_id(2)
     first_token, count = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
@@ -274,7 +293,7 @@ def _attend(
     begin = first_tile + part * each
     until = tl.minimum(begin + each, last_tile)
     into = (token * tl.num_programs(1) * GROUP + head) * parts + part
-    if begin >= until:
+    if not IS_WHOLE and begin >= until:
         tl.store(sums + into, tl.full([BLOCK_R], float("-inf"), tl.float32), is_row)
         return
     in_rows = is_row[:, None] & (dims < DIM)[None, :]
@@ -308,9 +327,13 @@ def _attend(
         result = result * kept[:, None]
         result += tl.dot(weights.to(asked.dtype), value, input_precision="ieee")
         most = higher
-    tl.store(sums + into, most + tl.log(total), is_row)
+    if IS_WHOLE and HAS_SINKS:
+        total += tl.exp(tl.load(sinks + head, is_row, 0.0).to(tl.float32) - most)
+    if not IS_WHOLE:
+        tl.store(sums + into, most + tl.log(total), is_row)
     found = result / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(partial + into[:, None] * DIM + dims[None, :], found, in_rows)
+    to = partial + into[:, None] * DIM + dims[None, :]
+    tl.store(to, found.to(partial.dtype.element_ty), in_rows)
 
 
 @triton.jit
