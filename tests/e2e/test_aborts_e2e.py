@@ -18,7 +18,6 @@ from reference_model import ReferenceModel
 
 pytestmark = pytest.mark.e2e
 
-NUM_REQUESTS = 500
 PREFILL_PAGES, DECODE_PAGES = 48, 40
 LIMIT_S = 90
 
@@ -117,7 +116,9 @@ async def run_clients(url: str, clients: list[Planned], rng: random.Random) -> N
             await asyncio.gather(*(later(planned, rng.random() * spread_s) for planned in wave))
 
 
-def test_nothing_is_left_of_500_requests(
+@pytest.mark.parametrize("num_requests", [150, pytest.param(500, marks=pytest.mark.long)])
+def test_nothing_is_left(
+    num_requests: int,
     start_cluster: Callable[..., Cluster],
     tiny_folder: Callable[[str], Path],
     reference: Callable[[str], ReferenceModel],
@@ -146,7 +147,7 @@ def test_nothing_is_left_of_500_requests(
     start = {name: load["pages_free"] for name, load in cluster.loads().items()}
     rng = random.Random(2)
     bases = [[rng.randrange(model.vocab_size) for _ in range(60)] for _ in range(5)]
-    clients = [plan(rng, model.vocab_size, bases) for _ in range(NUM_REQUESTS)]
+    clients = [plan(rng, model.vocab_size, bases) for _ in range(num_requests)]
     asyncio.run(asyncio.wait_for(run_clients(cluster.url, clients, rng), LIMIT_S))
 
     cluster.wait_idle(timeout_s=30)
@@ -166,14 +167,14 @@ def check_counts(
 ) -> None:
     """Every request that reached the decode leader has ended there once."""
     leavers = [planned for planned in clients if planned.leaves]
-    assert 150 < len(leavers) < 250
+    assert 0.3 < len(leavers) / len(clients) < 0.5
     decode = loads["decode-0"]
     assert decode["failed"] == loads["prefill-0"]["failed"] == 0
-    assert decode["aborted"] > 50
+    assert decode["aborted"] > len(clients) / 10
     unfinished = [planned for planned in leavers if planned.finish_reason is None]
     assert decode["finished"] >= len([c for c in clients if not c.leaves and not c.stop])
     ended = decode["finished"] + decode["aborted"]
-    assert NUM_REQUESTS - len(unfinished) <= ended <= NUM_REQUESTS
+    assert len(clients) - len(unfinished) <= ended <= len(clients)
     assert decode["preemptions"] > 0
     assert wait_until(lambda: not cluster.get("/admin/status").json()["in_flight"], "no request")
 

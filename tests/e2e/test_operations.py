@@ -96,6 +96,28 @@ def cluster(start_cluster: Callable[..., Cluster], tiny_folder: Callable[[str], 
     return start_cluster(spec_for("operations", tiny_folder(FAMILY)))
 
 
+def test_a_replica_changes_its_role(
+    cluster: Cluster, reference: Callable[[str], ReferenceModel]
+) -> None:
+    """There and back, as the same process."""
+    role = cluster.spec["roles"]["prefill"]
+    pids = {name: cluster.pid_of(name) for name in cluster.replicas}
+    with streams(cluster, reference(FAMILY), 6):
+        for prefill, decode in ((2, 1), (1, 2)):
+            counts = {"prefill": prefill, "decode": decode}
+            roles = {name: {**role, "replicas": count} for name, count in counts.items()}
+            done = pd(cluster, "reload", write(cluster, {**cluster.spec, "roles": roles}))
+            assert done.returncode == 0, done.stderr
+            there = [each["role"] for each in cluster.get("/admin/status").json()["replicas"]]
+            assert {name: there.count(name) for name in counts} == counts
+            time.sleep(1)
+    assert {name: cluster.pid_of(name) for name in cluster.replicas} == pids
+    assert cluster.log.count("becomes decode") == 1
+    assert cluster.log.count("becomes prefill") == 1
+    assert "gone" not in cluster.log
+    assert counters(cluster)["pagerelay_requests_replayed_total"] == 0
+
+
 def test_reload_and_drain_under_load(
     cluster: Cluster, reference: Callable[[str], ReferenceModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,35 +156,6 @@ def test_reload_and_drain_under_load(
         print()
 
 
-def test_a_replica_changes_its_role(
-    start_cluster: Callable[..., Cluster],
-    tiny_folder: Callable[[str], Path],
-    reference: Callable[[str], ReferenceModel],
-) -> None:
-    """There and back, as the same process."""
-    spec = spec_for("turns", tiny_folder(FAMILY))
-    role = spec["roles"]["prefill"]
-    spec["roles"]["prefill"] = {**role, "replicas": 2}
-    cluster = start_cluster(spec)
-    pids = {name: cluster.pid_of(name) for name in cluster.replicas}
-    with streams(cluster, reference(FAMILY), 6):
-        for prefill, decode in ((1, 3), (2, 2), (3, 1)):
-            counts = {"prefill": prefill, "decode": decode}
-            roles = {name: {**role, "replicas": count} for name, count in counts.items()}
-            done = pd(cluster, "reload", write(cluster, {**cluster.spec, "roles": roles}))
-            assert done.returncode == 0, done.stderr
-            there = [each["role"] for each in cluster.get("/admin/status").json()["replicas"]]
-            assert {name: there.count(name) for name in counts} == counts
-            time.sleep(1)
-    assert {name: cluster.pid_of(name) for name in cluster.replicas} == pids
-    assert cluster.log.count("becomes decode") == 1
-    assert cluster.log.count("becomes prefill") == 2
-    assert "gone" not in cluster.log
-    assert counters(cluster)["pagerelay_requests_replayed_total"] == 0
-    cluster.wait_idle()
-    assert cluster.stop() == 0
-
-
 def sorted_roles(text: str) -> str:
     return text.replace("3 decode, 1 prefill", "1 prefill, 3 decode")
 
@@ -188,6 +181,8 @@ def test_a_new_controller_adopts_what_runs(
     reference: Callable[[str], ReferenceModel],
 ) -> None:
     spec = spec_for("adopted", tiny_folder(FAMILY))
+    role = spec["roles"]["prefill"]
+    spec["roles"]["decode"] = role
     with short_folder() as folder:
         first = Cluster(spec, folder, ray_head.address).wait_ready()
         second = None
@@ -197,17 +192,17 @@ def test_a_new_controller_adopts_what_runs(
                 os.kill(first.process.pid, signal.SIGKILL)
                 first.process.wait(20)
                 time.sleep(1)
-                more = {**spec["roles"]["decode"], "replicas": 3}
-                changed = {**spec, "roles": {**spec["roles"], "decode": more}}
+                roles = {"prefill": role, "decode": {**role, "replicas": 2}}
+                changed = {**spec, "roles": roles}
                 second = Cluster(changed, folder, ray_head.address).wait_ready()
-                wait_until(lambda: "decode-2: joined" in second.log, "a third decode replica", 60)
+                wait_until(lambda: "decode-1: joined" in second.log, "a second decode replica", 60)
             assert second.url == first.url
             assert "adopted api-0" in second.log
             for name, pid in pids.items():
                 assert f"{name}: ready" not in second.log
                 assert Path(f"/proc/{pid}").exists(), name
-            second.kill("decode-2")
-            second.wait_back("decode-2")
+            second.kill("decode-1")
+            second.wait_back("decode-1")
             rival = Cluster(spec, folder, ray_head.address)
             assert rival.wait_exit() == 1
             assert "is already running" in rival.log
@@ -226,6 +221,7 @@ def test_processes_without_a_controller_end(
     import ray
 
     spec = spec_for("orphans", tiny_folder(FAMILY), timeouts={"controller": 12.0})
+    spec["roles"] = {"both": spec["roles"]["prefill"]}
     before = ray.available_resources()["CPU"]
     with short_folder() as folder:
         cluster = Cluster(spec, folder, ray_head.address).wait_ready()

@@ -220,6 +220,7 @@ def gemma(start_cluster: Callable[..., Cluster]) -> Iterator[Served]:
     assert cluster.stop() == 0
 
 
+@pytest.mark.long
 def test_gemma_3_270m(gemma: Served) -> None:
     """Prompts of 5 to 1,500 tokens, at and beyond its window of 512: cold, then cached and all
     at once, then sixteen others at once."""

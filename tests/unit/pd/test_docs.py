@@ -53,9 +53,9 @@ def test_commands_in_the_readme_exist() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text()))
-    (loop,) = re.findall(r"for target in ([a-z ]+);", (ROOT / ".ci" / "run").read_text())
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text()))
+    (loop,) = re.findall(r"for target in ([a-z -]+);", (ROOT / ".ci" / "run").read_text())
     assert named | set(loop.split()) <= targets
 
 
