@@ -251,7 +251,7 @@ class RankWorker:
         max_context = min(bounds)
         runner.allocate(num_pages, role.max_running, max_context)
         ranks.limit(limits.collective)
-        runner.warm_up(min(role.max_batch_tokens, max_context))
+        runner.warm_up(role.max_batch_tokens)
         self._copier = Copier(runner.pools, runner.replica_layout, self.rank)
         self._stops.append(lambda _: self._copier.close())
         transport = make_transport(

@@ -280,13 +280,15 @@ class EngineClient:
             self.end(stream, "error", text, Failure.REPLICA_LOST)
             return
         generate, new = stream.generate, stream.delivered[stream.generate.num_delivered :]
+        longest = len(stream.generate.prompt) // 4 + stream.generate.sampling.max_tokens
+        if source and not self._holds(longest):
+            return  # it can still end where it is
         # Of the pages that were delivered, hardly any can be cached elsewhere.
         num_tokens = len(generate.prompt) // 4 + len(new)
         placement = self.router.place(num_tokens, generate.page_hashes, priority=generate.priority)
         if source:
-            longest = len(generate.prompt) // 4 + generate.sampling.max_tokens
             if longest > self._known[placement.decode].max_context:
-                return  # it can still end where it is
+                return
             self._send(source, Abort(generate.request_id))
             is_near = self._known[placement.decode].cohort == self._known[source].cohort
             if stream.num_tokens and is_near:
@@ -314,6 +316,14 @@ class EngineClient:
             stream.num_replays += 1
             self.counters.replays += 1
         self._start(stream, placement)
+
+    def _holds(self, num_tokens: int) -> bool:
+        """There is a replica for a request of so many, that is not draining."""
+        return any(
+            num_tokens <= self._known[each.name].max_context
+            for each in self.router.replicas()
+            if each.role != "prefill" and not each.draining
+        )
 
     def on_message(self, sender: str, message: AnyMessage) -> None:
         match message:

@@ -336,6 +336,8 @@ class _Rank:
             pool.data.normal_()
 
     def step(self, command: StepCommand) -> StepResult:
+        if self.runner.graphs is not None:
+            self.runner.graphs.prepare(command)
         return self.runner.step(command)
 
     def logits(self, command: StepCommand) -> npt.NDArray[np.float32] | None:

@@ -21,6 +21,8 @@ context or keep latents.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +43,8 @@ IMPLEMENTATION = "pagerelay"
 _BUCKET_RATIO = 2
 """Decoding requests share a padded gather while the longest has at most so many times the
 shortest's pages."""
+_PAGED_DIM = 256
+"""Of a head at most: of more, a tile of keys would not fit where kernels need it."""
 _CUDNN_TOKENS = 1024
 _BLOCK_TOKENS = 8192
 """Keys before a chunk that are attended to at once, where that pays."""
@@ -160,7 +164,7 @@ def plan_attention(
     counts, starts, rows = command.counts, command.positions, command.rows
     item_of_token = np.repeat(np.arange(len(rows)), counts)
     first_token = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    position = starts[item_of_token] + np.arange(len(item_of_token)) - first_token[item_of_token]
+    position = command.token_positions()
     page_tokens = pools[0].layout.page_tokens
     own, order = _deal_out(position // page_tokens, cp)
     position, item_of_token = position[own], item_of_token[own]
@@ -182,13 +186,20 @@ def plan_attention(
     return AttentionPlan(groups, place, own, torch.from_numpy(order).to(pools[0].device), cp)
 
 
-def can_page(pool: PagePool) -> bool:
-    """There are kernels that need no gather."""
-    if pool.device.type != "cuda" or pool.layout.group.kind == "latent":
-        return False
-    from pd.engine.kernels import MAX_DIM
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Those of pd/engine/kernels.py run there."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
 
-    return pool.layout.group.head_dim <= MAX_DIM
+
+def can_page(pool: PagePool) -> bool:
+    """Kernels read its pages where they are."""
+    group = pool.layout.group
+    return has_kernels(pool.device) and group.kind != "latent" and group.head_dim <= _PAGED_DIM
 
 
 def plan_paged(
@@ -564,7 +575,8 @@ def _attend_in_blocks(
     from pd.engine.kernels import merge
 
     assert gather.num_keys is not None
-    out, sums = _cudnn(query, own[0], own[1], scaling, is_causal=True)
+    found = _cudnn(query, own[0], own[1], scaling, is_causal=True)
+    out, sums = found[0].float(), found[1]  # else each block would round them
     left = gather.num_keys - query.shape[2]
     for rows in gather.blocks(_BLOCK_TOKENS // pool.layout.page_tokens):
         keys, values = _keys_values(pool, rows, place, query.dtype, query.shape[-1])
@@ -578,7 +590,7 @@ def _attend_in_blocks(
             break
         merge(out[0], sums[0], found[0][0], found[1][0])
         left -= _BLOCK_TOKENS
-    return out
+    return out.to(query.dtype)
 
 
 def _scores(

@@ -45,6 +45,11 @@ class StepCommand:
     pages: list[Int32Array]
     """By layer group, (k, 3): row, page index in the sequence, slot in the pool."""
 
+    def token_positions(self) -> npt.NDArray[np.int64]:
+        """Of each token in its sequence."""
+        starts: npt.NDArray[np.int64] = self.positions - (np.cumsum(self.counts) - self.counts)
+        return np.arange(len(self.tokens)) + np.repeat(starts, self.counts)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:

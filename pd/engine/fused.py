@@ -59,32 +59,30 @@ def _is_plain(kind: type[nn.Module], epsilon: float) -> bool:
     return torch.allclose(found, functional.rms_norm(hidden, weight.shape, weight, epsilon), 1e-5)
 
 
-def fuse_rotary(model: nn.Module) -> int:
-    """For a model on a GPU: of how many families there were functions to replace."""
-    count = 0
+def fuse_rotary(model: nn.Module) -> None:
+    """For a model on a GPU: functions of its families that rotate queries and keys."""
     for name in {type(module).__module__ for module in model.modules()}:
-        family = sys.modules[name]
-        plain = vars(family).get("apply_rotary_pos_emb")
-        if plain is not None and not hasattr(plain, "fused") and _rotates_halves(plain):
-            family.apply_rotary_pos_emb = _fused_rotary(plain)  # type: ignore[attr-defined]
-            count += 1
-    return count
+        family = vars(sys.modules[name])
+        plain = family.get("apply_rotary_pos_emb")
+        if plain is not None and plain not in _fused and _rotates_halves(plain):
+            family["apply_rotary_pos_emb"] = _fused_rotary(plain)
+            _fused.add(family["apply_rotary_pos_emb"])
+
+
+_fused: set[Callable[..., Any]] = set()
 
 
 def _fused_rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
-    def rotate(
-        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any
-    ) -> Any:
+    def rotate_both(q: Any, k: Any, cos: Any, sin: Any, *more: Any, **named: Any) -> Any:
         # The family may have other models in this process: they are not ours to change.
-        if more or not attention.is_active() or not _fits(query, key, cos):
-            return plain(query, key, cos, sin, *more)
+        if more or named or not attention.is_active() or not _fits(q, k, cos):
+            return plain(q, k, cos, sin, *more, **named)
         from pd.engine.kernels import rotate
 
-        return rotate(query[0], key[0], cos[0], sin[0])
+        return rotate(q[0], k[0], cos[0], sin[0])
 
-    rotate.fused = True  # type: ignore[attr-defined]
-    return rotate
+    return rotate_both
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,11 @@ _MOST_TOKENS = 1024
 _REQUESTS = 16
 """In such a step."""
 _BLOCK_TOKENS = 32
+_MOST_PAIRS = 1 << 24
+"""Tokens times the position of the last one: with more, torch's kernels attend faster, and gain
+what launching costs (1,024 tokens after 16,384, of an 8B model on an H200)."""
+_capturing = threading.Lock()
+"""There is one capture at a time in a process."""
 
 
 _NONE = np.zeros(0, np.int32)
@@ -54,6 +60,35 @@ class Shape:
             return self.tokens
         return self.tokens // self.block_tokens + self.requests + 1
 
+    def _sections(self, num_pages: Sequence[int]) -> list[tuple[int, int]]:
+        """Rows and columns: tokens, request and position of each, blocks, those that sample, and
+        for each layer group the pages of padding and of the requests, `num_pages` each."""
+        return [
+            *((self.tokens, 1), (self.tokens, 2), (self.num_blocks, 2), (self.requests, 1)),
+            *((1 + self.requests, each) for each in num_pages),
+        ]
+
+    def size(self, num_pages: Sequence[int]) -> int:
+        return sum(_aligned(rows * columns) for rows, columns in self._sections(num_pages))
+
+    def fields(self, numbers: Any, num_pages: Sequence[int]) -> list[Any]:
+        """Of an array or a tensor."""
+        fields, begin = [], 0
+        for rows, columns in self._sections(num_pages):
+            field = numbers[begin : begin + rows * columns]
+            fields.append(field if columns == 1 else field.reshape(rows, columns))
+            begin += _aligned(rows * columns)
+        return fields
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    staged: torch.Tensor
+    """Pinned; copied to where the graph reads."""
+    fields: list[Int32Array]
+    """Of `staged`."""
+
 
 class StepGraphs:
     """Used by one thread."""
@@ -66,9 +101,9 @@ class StepGraphs:
         max_requests: int,
         num_pages: int,
     ) -> None:
-        """`num_pages`: of a request, at most."""
-        self.decodes = [Shape(size, size, 1) for size in _sizes(max_requests)]
-        self.chunks = [
+        """`num_pages`: of a request, at most. Nothing is captured yet."""
+        self._decodes = [Shape(size, size, 1) for size in _sizes(max_requests)]
+        self._chunks = [
             Shape(size, min(_REQUESTS, max_requests), _BLOCK_TOKENS)
             for size in _sizes(_MOST_TOKENS)
             if size % _BLOCK_TOKENS == 0
@@ -76,127 +111,125 @@ class StepGraphs:
         self._forward = forward
         self._pools = pools
         self._place = place
-        self._num_pages = num_pages
-        most = max(map(self._num_numbers, (self.decodes[-1], self.chunks[-1])))
+        self._num_pages = [num_pages] * len(pools)
+        self._page_tokens = pools[0].layout.page_tokens
+        largest = self._decodes[-1], self._chunks[-1]
+        self._max_samples = max(shape.requests for shape in largest)
+        most = max(shape.size(self._num_pages) for shape in largest)
         self._staged = torch.zeros(most, dtype=torch.int32).pin_memory()
         self._inputs = torch.zeros_like(self._staged, device=pools[0].device)
         self._logits: torch.Tensor | None = None
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[Shape, _Captured] = {}
+        self._stream = torch.cuda.Stream(pools[0].device)  # type: ignore[no-untyped-call]
         self._memory: Any = None
 
     def step(self, command: StepCommand, tables: Sequence[Int32Array]) -> torch.Tensor | None:
         """The logits of the items that sample, (samples, vocabulary), valid until the next step;
-        None: the step is to be done without a graph."""
+        None: there is no graph for it."""
         shape = self._shape_of(command)
-        if shape is None or (shape not in self._graphs and not self.capture(shape)):
+        captured = self._captured.get(shape) if shape is not None else None
+        if shape is None or captured is None:
             return None
-        numbers = self._staged[: self._num_numbers(shape)]
-        self._write_down(shape, numbers.numpy(), command, tables)
-        self._inputs[: len(numbers)].copy_(numbers, non_blocking=True)
-        self._graphs[shape].replay()
+        write_down(shape, captured.fields, command, tables, self._page_tokens)
+        self._inputs[: len(captured.staged)].copy_(captured.staged, non_blocking=True)
+        captured.graph.replay()
         assert self._logits is not None
         return self._logits[: int(command.sample.sum())]
 
     def covers(self, command: StepCommand) -> bool:
-        """Such a step has, or may get, a graph."""
-        return self._shape_of(command) is not None
+        """There is a graph for it."""
+        return self._shape_of(command) in self._captured
+
+    def prepare(self, command: StepCommand) -> None:
+        """Capture what it needs, if that is not there."""
+        shape = self._shape_of(command)
+        if shape is not None and shape not in self._captured:
+            self._capture(shape)
 
     def capture_all(self, max_tokens: int) -> None:
-        """For steps of so many tokens. The largest first: others find room in its memory."""
-        chunks = self.chunks[: bisect.bisect_left(self.chunks, max_tokens, key=_tokens) + 1]
-        for shape in (*reversed(chunks), *reversed(self.decodes)):
-            if not self.capture(shape):
+        """For steps of up to so many tokens, as far as this model's steps can be captured. Not
+        while anything else works on the device."""
+        chunks = self._chunks[: bisect.bisect_left(self._chunks, max_tokens, key=_tokens) + 1]
+        # The largest first: others find room in its memory.
+        for shape in (*reversed(chunks), *reversed(self._decodes)):
+            if not self._capture(shape):
                 return
 
     @torch.inference_mode()
-    def capture(self, shape: Shape) -> bool:
-        """False: this model's steps cannot be captured, and there will be none."""
-        numbers = self._staged[: self._num_numbers(shape)]
-        self._write_down(shape, numbers.numpy(), _NOTHING, ())
-        self._inputs[: len(numbers)].copy_(numbers)
-        tokens, of_tokens, blocks, samples, *slots = self._fields(shape, self._inputs)
+    def _capture(self, shape: Shape) -> bool:
+        staged = self._staged[: shape.size(self._num_pages)]
+        fields = shape.fields(staged.numpy(), self._num_pages)
+        write_down(shape, fields, _NOTHING, (), self._page_tokens)
+        self._inputs[: len(staged)].copy_(staged)
+        tokens, of_tokens, blocks, samples, *slots = shape.fields(self._inputs, self._num_pages)
         paged = [
             attention.PagedTokens(each, of_tokens, blocks, shape.block_tokens) for each in slots
         ]
         plan = attention.plan_paged(self._pools, self._place, paged)
         arguments = tokens, of_tokens[:, 1], samples, plan
         graph = torch.cuda.CUDAGraph()
+        mode = {"pool": self._memory, "capture_error_mode": "thread_local"}
         try:
             # Once before, for what libraries set up on first use.
             logits = self._forward(*arguments)
             if self._logits is None:
-                most = max(self.decodes[-1].requests, self.chunks[-1].requests)
-                self._logits = logits.new_empty(most, logits.shape[1])
-            torch.cuda.synchronize(self._inputs.device)
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._logits = logits.new_empty(self._max_samples, logits.shape[1])
+            # The outer context is left even if ending a capture fails.
+            with (
+                _capturing,
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, **mode),
+            ):
                 # Results of all graphs go to one place, as only one of them is in use.
                 self._logits[: shape.requests] = self._forward(*arguments)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            log.warning("steps run without CUDA graphs: %s", reason)
-            self.decodes, self.chunks, self._graphs = [], [], {}
+            log.warning("steps of %d tokens run without a CUDA graph: %s", shape.tokens, reason)
             return False
         self._memory = graph.pool()
-        self._graphs[shape] = graph
+        self._captured[shape] = _Captured(graph, staged, fields)
         return True
 
     def _shape_of(self, command: StepCommand) -> Shape | None:
         tokens, requests = len(command.tokens), len(command.rows)
-        shapes = self.decodes if tokens == requests else self.chunks
+        if tokens == requests:
+            shapes = self._decodes
+        elif tokens * int(command.positions.max()) > _MOST_PAIRS:
+            return None
+        else:
+            shapes = self._chunks
         number = bisect.bisect_left(shapes, tokens, key=_tokens)
         if number == len(shapes) or requests > shapes[number].requests:
             return None
         return shapes[number]
 
-    def _sections(self, shape: Shape) -> list[tuple[int, int]]:
-        """Rows and columns: tokens, request and position of each, blocks, those that sample, and
-        for each layer group the pages of padding and of the requests."""
-        return [
-            (shape.tokens, 1),
-            (shape.tokens, 2),
-            (shape.num_blocks, 2),
-            (shape.requests, 1),
-            *[(1 + shape.requests, self._num_pages)] * len(self._pools),
-        ]
 
-    def _num_numbers(self, shape: Shape) -> int:
-        return sum(_aligned(rows * columns) for rows, columns in self._sections(shape))
-
-    def _fields(self, shape: Shape, numbers: Any) -> list[Any]:
-        """Of an array or a tensor."""
-        fields, begin = [], 0
-        for rows, columns in self._sections(shape):
-            field = numbers[begin : begin + rows * columns]
-            fields.append(field if columns == 1 else field.reshape(rows, columns))
-            begin += _aligned(rows * columns)
-        return fields
-
-    def _write_down(
-        self,
-        shape: Shape,
-        numbers: Int32Array,
-        command: StepCommand,
-        tables: Sequence[Int32Array],
-    ) -> None:
-        tokens, of_tokens, blocks, samples, *slots = self._fields(shape, numbers)
-        count, requests = len(command.tokens), len(command.rows)
-        tokens[:count], tokens[count:] = command.tokens, 0
-        # Padding is the first request, and has as many tokens as are missing.
-        counts = np.append(command.counts, shape.tokens - count)
-        ends = np.cumsum(counts)
-        request = np.repeat(np.arange(1, requests + 2), counts)
-        request[count:] = 0
-        of_tokens[:, 0] = request
-        first = np.append(command.positions - (ends - counts)[:-1], 0)
-        of_tokens[:, 1] = np.repeat(first, counts) + np.arange(shape.tokens)
-        of_tokens[count:, 1] = 0
-        _cut(counts, ends - counts, shape.block_tokens, blocks)
-        last = ends[:-1][command.sample] - 1
-        samples[: len(last)], samples[len(last) :] = last, 0
-        for group, each in enumerate(slots):
-            each[0] = 0
-            if requests:
-                each[1 : 1 + requests] = tables[group][command.rows]
+def write_down(
+    shape: Shape,
+    fields: Sequence[Int32Array],
+    command: StepCommand,
+    tables: Sequence[Int32Array],
+    page_tokens: int,
+) -> None:
+    """What a graph reads of a step, into `Shape.fields`."""
+    tokens, of_tokens, blocks, samples, *slots = fields
+    count, requests = len(command.tokens), len(command.rows)
+    tokens[:count], tokens[count:] = command.tokens, 0
+    # Padding is the first request, and has as many tokens as are missing.
+    counts = np.append(command.counts, shape.tokens - count)
+    ends = np.cumsum(counts)
+    of_tokens[:count, 0] = np.repeat(np.arange(1, requests + 1), command.counts)
+    of_tokens[:count, 1] = command.token_positions()
+    of_tokens[count:] = 0
+    _cut(counts, ends - counts, shape.block_tokens, blocks)
+    last = ends[:-1][command.sample] - 1
+    samples[: len(last)], samples[len(last) :] = last, 0
+    # Nothing reads pages beyond a request's last token.
+    num_pages = int(of_tokens[:, 1].max()) // page_tokens + 1
+    for group, each in enumerate(slots):
+        each[0] = 0
+        if requests:
+            each[1 : 1 + requests, :num_pages] = tables[group][command.rows, :num_pages]
 
 
 def _cut(counts: Any, firsts: Any, most: int, blocks: Int32Array) -> None:

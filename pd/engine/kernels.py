@@ -19,8 +19,6 @@ import triton.language as tl
 from pd.engine.attention import PagedTokens
 from pd.engine.pool import PagePool
 
-MAX_DIM = 256
-"""Of a head; of more, a tile of keys would not fit."""
 _MOST_PARTS = 64
 _PART_KEYS = 256
 """Fewest in a part: merging one costs more."""
@@ -37,6 +35,7 @@ def write(
 ) -> None:
     """Store what is new, both (tokens, kv_heads, dim), for the layer at `place`."""
     tokens, heads, dim = key.shape
+    assert key.stride(2) == value.stride(2) == 1
     page, head, plane = _strides(pool)
     _write[(tokens, heads)](
         key,
@@ -67,9 +66,10 @@ def attend(
     """query (tokens, heads, dim) -> the same; the layer at `place` has been written to. `sinks`: a
     logit for each head that takes its share of the weights."""
     (tokens, heads, dim), layout = query.shape, pool.layout
+    assert query.stride(2) == 1
     kv_heads = layout.group.kv_heads
     group = heads // kv_heads
-    block_d = triton.next_power_of_2(dim)
+    block_d = max(16, triton.next_power_of_2(dim))
     is_wide = query.dtype == torch.float32 or block_d > 128
     is_decode = paged.block_tokens == 1
     rows = min(max(16, triton.next_power_of_2(group * paged.block_tokens)), _ROWS)
@@ -111,7 +111,7 @@ def attend(
         IS_WHOLE=parts == 1,
         HAS_SINKS=sinks is not None,
         num_warps=4,
-        num_stages=2 if is_wide else 3 if is_decode else 1,
+        num_stages=3 if is_decode and not is_wide else 1,
     )
     if parts > 1:
         _merge[(tokens, heads)](
@@ -199,7 +199,7 @@ def _strides(pool: PagePool) -> tuple[int, int, int]:
     return pool.data.stride(0), pool.data.stride(1), pool.data.stride(3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_row"])
 def _write(
     key,
     value,
@@ -238,7 +238,7 @@ def _write(
         tl.store(to + plane * plane_stride, found.to(pool.dtype.element_ty), dims < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_row"])
 def _attend(
     query,
     pool,
@@ -283,10 +283,11 @@ def _attend(
     request = tl.load(tokens + 2 * first_token)
     position = tl.load(tokens + 2 * token + 1, is_row, 0)
     last = tl.max(position, 0)
-    first_tile = 0
+    # Before the window lie pages that were given back.
+    first_key = 0
     if WINDOW:
-        earliest = tl.min(tl.where(is_row, position, last), 0)
-        first_tile = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_N
+        first_key = tl.maximum(tl.min(tl.where(is_row, position, last), 0) - WINDOW + 1, 0)
+    first_tile = first_key // BLOCK_N
     last_tile = last // BLOCK_N + 1
     parts = tl.num_programs(2)
     each = tl.maximum(tl.cdiv(last_tile - first_tile, parts), PART_TILES)
@@ -305,10 +306,11 @@ def _attend(
     base = pool + kv_head * head_stride + layer
     for tile in range(begin, until):
         keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        slot = tl.load(slots + request * slots_row + keys // PAGE, keys <= last, 0)
+        is_there = (keys >= first_key) & (keys <= last)
+        slot = tl.load(slots + request * slots_row + keys // PAGE, is_there, 0)
         lies = slot.to(tl.int64) * page_stride + (keys % PAGE) * DIM
         there = base + lies[:, None] + dims[None, :]
-        inside = (keys <= last)[:, None] & (dims < DIM)[None, :]
+        inside = is_there[:, None] & (dims < DIM)[None, :]
         key = tl.load(there, inside, 0.0).to(asked.dtype)
         scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
         if HAS_SOFTCAP:
@@ -388,7 +390,7 @@ def _merge_two(
     BLOCK_Q: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     dims = tl.arange(0, BLOCK_D)
     inside = query < queries
     ours = tl.load(sums + head * sums_head + query * sums_query, inside, 0.0)
@@ -424,7 +426,7 @@ def _rotate(
     BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    head = (tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     inside = dims < HALF
     of_query = inside & (head < HEADS)

@@ -86,6 +86,8 @@ class ModelRunner:
             self.model = self._load(folder, spec, config)
         self.end_tokens = _end_tokens(folder, self.model)
         self.pools: list[PagePool] = []
+        self.graphs: StepGraphs | None = None
+        """Of small steps, where they can be captured."""
 
     def _load(self, folder: Path, spec: ModelSpec, config: Any) -> Any:
         config._attn_implementation = attention.IMPLEMENTATION
@@ -111,7 +113,7 @@ class ModelRunner:
         if self.ranks.cp.size > 1 and self.ranks.is_last_stage:
             model.lm_head.register_forward_pre_hook(self._collect_samples)
         fuse_norms(model)
-        if self.device.type == "cuda":
+        if attention.has_kernels(self.device):
             fuse_rotary(model)
         return model.to(device=self.device, dtype=self.compute_dtype).eval()
 
@@ -124,27 +126,30 @@ class ModelRunner:
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
         self._sampler = Sampler(max_rows, self.vocab_size, self.device)
-        self.graphs: StepGraphs | None = None
-        """Of small steps, where they can be captured."""
+        self.graphs = None
+        self._max_context = max_context
         if self.ranks.topology.num_ranks == 1 and all(map(attention.can_page, self.pools)):
             from pd.engine.graphs import StepGraphs
 
             self.graphs = StepGraphs(self._forward, self.pools, self._place, max_rows, width)
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, max_tokens: int) -> None:
         """Run a chunk and a single token through the null page, so that the first request does not
-        pay for what libraries set up on first use."""
+        pay for what libraries set up on first use. `max_tokens`: of a step."""
+        if self.graphs is not None:
+            # Before the largest step, so that what does not fit does not fit now.
+            self.graphs.capture_all(max_tokens)
+        graphs, self.graphs = self.graphs, None
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        for count in (num_tokens, 1):
+        for count in (min(max_tokens, self._max_context), 1):
             tokens = np.zeros(count, np.int32)
             start = RowStart(0, params, tokens, count)
             zero, counts = np.zeros(1, np.int32), np.array([count], np.int32)
             pages = [np.zeros((0, 3), np.int32) for _ in self.pools]
             self.step(StepCommand([start], zero, zero, counts, np.ones(1, np.bool_), tokens, pages))
-        if self.graphs is not None:
-            self.graphs.capture_all(num_tokens)
         for pool in self.pools:
             pool.data[0].zero_()
+        self.graphs = graphs
 
     @torch.inference_mode()
     def step(self, command: StepCommand) -> StepResult:
@@ -164,9 +169,7 @@ class ModelRunner:
                 return self._done(StepResult(*sampled, 0.0), begin)
         plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
-        positions = np.arange(len(command.tokens)) + np.repeat(
-            command.positions - (ends - command.counts), command.counts
-        )
+        positions = command.token_positions()
         padding = plan.own < 0
         inputs: dict[str, Any] = {
             "position_ids": self._tensor(np.where(padding, 0, positions[plan.own]))[None],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from pd.engine.attention import (
     _Gather,
     _has_blocks,
 )
-from pd.engine.graphs import _cut, _sizes
+from pd.engine.graphs import _cut
 from pd.engine.pool import PagePool
 from pd.messages import Int32Array
 from transfer.layout import LayerGroup, PageLayout
@@ -193,21 +192,3 @@ def test_a_large_chunk_after_many_keys(start: int, count: int, page_tokens: int)
         attended = torch.arange(start + count) <= torch.arange(start, start + count)[some, None]
         expected = formula(query[:, :, some], key, value, attended.to(device))
         assert (found[:, :, some].double() - expected).norm() / expected.norm() < 1e-2
-
-
-def test_sizes_of_captured_batches() -> None:
-    """None is padded by more than a third or seven."""
-    for most in (1, 2, 3, 7, 8, 64, 100, 256, 1000):
-        sizes = _sizes(most)
-        assert sizes == sorted(set(sizes))
-        assert sizes[-1] == most
-        for count in range(1, most + 1):
-            size = sizes[bisect.bisect_left(sizes, count)]
-            assert size - count <= max(7, count / 3)
-    assert len(_sizes(256)) < 20
-
-
-def test_runs_of_tokens_are_cut_into_blocks() -> None:
-    blocks = np.full((8, 2), -1, np.int32)
-    _cut(np.array([3, 9, 0, 4]), np.array([0, 3, 12, 12]), 4, blocks)
-    assert blocks.tolist() == [[0, 3], [3, 4], [7, 4], [11, 1], [12, 4], [0, 0], [0, 0], [0, 0]]

@@ -56,6 +56,8 @@ class Engine:
             command = self.scheduler.plan(0.0)
             assert command is not None
             self.most_running = max(self.most_running, len(self.scheduler.running))
+            if self.runner.graphs is not None:
+                self.runner.graphs.prepare(command)
             for progress in self.scheduler.commit(self.runner.step(command)):
                 if progress.sequence.num_output >= max_tokens:
                     self.scheduler.drop(progress.sequence)
