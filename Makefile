@@ -12,8 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-# One more than cores: some wait for their peers' deadlines.
-MANY := -n $(shell expr $$(nproc) + 1) --dist worksteal
+MANY := -n $(shell nproc) --dist worksteal
 SPEC ?= examples/local.yaml
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
