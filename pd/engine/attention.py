@@ -557,7 +557,7 @@ def _has_blocks(gather: _Gather, pool: PagePool, query: torch.Tensor) -> bool:
         and count >= 2 * _CUDNN_TOKENS
         and gather.num_keys - count >= _BLOCK_TOKENS
         and _BLOCK_TOKENS % pool.layout.page_tokens == 0
-        and query.is_cuda
+        and has_kernels(query.device)
         and pool.layout.group.kind != "latent"
         and _has_cudnn(query, query)
     )
