@@ -520,6 +520,9 @@ def bench_step(
     context: Annotated[
         list[int], typer.Option(min=1, help="Tokens of each of them; may be given again.")
     ] = [1024, 8192],  # noqa: B006
+    sampled: Annotated[
+        bool, typer.Option("--sampled", help="Draw tokens (top-k and top-p), not the likeliest.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1)] = 10,
     check: Annotated[
         bool, typer.Option("--check", help="Compare logits with float32 arithmetic.")
@@ -558,6 +561,7 @@ def bench_step(
             chunk=chunk,
             batches=tuple(batch) if steps else (),
             contexts=tuple(context) if steps else (),
+            sampled=sampled,
             repeats=repeats,
             check=check,
             ttft=tuple(ttft),

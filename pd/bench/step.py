@@ -32,8 +32,17 @@ from typing import Any, Literal
 import numpy as np
 
 from pd.bench.errors import BenchError
-from pd.bench.step_ranks import Ceilings, Profile, RankFacts, RankProcesses, RankSetup, Rows
+from pd.bench.step_ranks import (
+    GREEDY,
+    Ceilings,
+    Profile,
+    RankFacts,
+    RankProcesses,
+    RankSetup,
+    Rows,
+)
 from pd.engine.batch import StepCommand
+from pd.messages import SamplingParams
 from pd.spec import ClusterSpec, MemberRole, ModelSpec
 from transfer.topology import Topology
 
@@ -65,6 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Dense models with full attention: the floors are right for no others."""
+SAMPLED = SamplingParams(max_tokens=1, temperature=0.6, top_k=20, top_p=0.95)
 _OUTPUT = 8
 """Tokens of a request whose first ones are timed."""
 _CHECKED = 512
@@ -87,6 +97,8 @@ class StepOptions:
     batches: tuple[int, ...] = (1, 16, 64)
     contexts: tuple[int, ...] = (1024, 8192)
     """Decode steps: so many requests with so many tokens each."""
+    sampled: bool = False
+    """Tokens are drawn, by `SAMPLED`; else the likeliest is taken."""
     repeats: int = 10
     check: bool = False
     """Compare logits with those of float32 arithmetic and one rank."""
@@ -321,7 +333,8 @@ def _measure_commands(
     commands: Sequence[StepCommand],
 ) -> StepRow:
     what, requests, tokens = case
-    ranks.step(rows.start(commands[0], range(requests)))
+    params = SAMPLED if options.sampled else GREEDY
+    ranks.step(rows.start(commands[0], range(requests), params))
     for command in commands:
         ranks.step(command)
     repeats = options.repeats if what == "decode" else max(3, options.repeats // 3)
@@ -505,11 +518,18 @@ def _conditions(options: StepOptions, setup: RankSetup, num_gpus: int) -> dict[s
         "where": where,
         "pages": f"{options.page_tokens} tokens, in random slots",
         "chunks": options.chunk,
+        "tokens": _describe(SAMPLED) if options.sampled else "the likeliest",
         "repeats": options.repeats,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _describe(params: SamplingParams) -> str:
+    return (
+        f"drawn, temperature {params.temperature:g}, top-k {params.top_k}, top-p {params.top_p:g}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from transfer.topology import Topology
 _DEADLINE_S = 300.0
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _MATMUL_SIZE = {"cpu": 512, "cuda": 8192}
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm")
 
 
@@ -123,9 +124,10 @@ class Rows:
         self._num_groups = num_groups
         self._nothing = np.zeros((0, 3), np.int32)
 
-    def start(self, command: StepCommand, rows: Sequence[int]) -> StepCommand:
+    def start(
+        self, command: StepCommand, rows: Sequence[int], params: SamplingParams = GREEDY
+    ) -> StepCommand:
         """The command, beginning with these rows."""
-        params = SamplingParams(max_tokens=1, temperature=0.0)
         starts = [RowStart(row, params, np.zeros(1, np.int32), 1) for row in rows]
         pages = np.concatenate([self._pages[row] for row in rows])
         return dataclasses.replace(command, starts=starts, pages=[pages] * self._num_groups)

@@ -2,24 +2,30 @@
 
 A norm of theirs is eight operators, each of which reads and writes the hidden states; torch has one
 for all. Families have classes of their own, some of which calculate something else (Gemma adds one
-to the weights): a class's norms are replaced if an example of it gives what torch's does. Likewise
-the function of a family that rotates queries and keys, on a GPU: it is ten operators.
+to the weights): a class's norms are replaced if an example of it gives what torch's does. Likewise,
+on a GPU, the function of a family that rotates queries and keys, which is ten operators, and gated
+MLPs. Products of the same input become one there.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from pd.engine import attention
 
 _EXAMPLE_SIZE = 64
+_QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_SILUS = (nn.SiLU, SiLUActivation)
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -35,6 +41,10 @@ def fuse_norms(model: nn.Module) -> int:
 
 def _normed(module: Any, epsilon: float, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = module.weight
+    if attention.has_kernels(hidden_states.device):
+        from pd.engine.kernels import norm
+
+        return norm(hidden_states, weight, epsilon)
     return functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
 
 
@@ -113,3 +123,109 @@ def _rotates_halves(plain: Callable[..., Any]) -> bool:
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = states.chunk(2, -1)
     return states * cos + torch.cat((-second, first), -1) * sin
+
+
+def merge_products(model: nn.Module) -> None:
+    """Of queries, keys and values, and of the gate and what it is for. For a model on a GPU, where
+    small matrices take longer than to be read; each is copied."""
+    names = {_QUERY_KEY_VALUE[0], _GATED[0]}
+    for module in [each for each in model.modules() if names & each._modules.keys()]:
+        if parts := _linears(module, _QUERY_KEY_VALUE):
+            merged = _Shared(parts)
+            for number, name in enumerate(_QUERY_KEY_VALUE):
+                setattr(module, name, _Part(merged, number))
+        elif (parts := _linears(module, _GATED)) and _is_gated(module):
+            module.gate_up_proj = _merged(parts[:2])
+            del module.gate_proj, module.up_proj
+            module.forward = functools.partial(_gated, module)
+        else:
+            continue
+        del parts
+        # What was copied has no size that is asked for again.
+        torch.cuda.empty_cache()
+
+
+def _linears(module: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
+    """Those of these names, if they are plain, and all there."""
+    found = [module._modules.get(name) for name in names]
+    linears = [
+        each
+        for each in found
+        if type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks
+    ]
+    of_biases = {each.bias is None for each in linears}
+    return linears if len(linears) == len(names) and len(of_biases) == 1 else []
+
+
+def _merged(parts: Sequence[nn.Linear]) -> nn.Linear:
+    has_bias = parts[0].bias is not None
+    outs = [part.out_features for part in parts]
+    merged = nn.Linear(parts[0].in_features, sum(outs), has_bias, device="meta")
+    for name in ("weight", "bias") if has_bias else ("weight",):
+        values = torch.cat([part.get_parameter(name) for part in parts])
+        setattr(merged, name, nn.Parameter(values, requires_grad=False))
+    return merged
+
+
+class _Shared(nn.Module):
+    """One product instead of several of the same input, which are asked for one after the other."""
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.linear = _merged(parts)
+        self._sizes = [part.out_features for part in parts]
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def part(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states is not self._input or number not in self._parts:
+            self._input = hidden_states
+            self._parts = dict(enumerate(self.linear(hidden_states).split(self._sizes, -1)))
+        part = self._parts.pop(number)
+        if not self._parts:
+            self._input = None
+        return part
+
+
+class _Part(nn.Module):
+    def __init__(self, shared: _Shared, number: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self._number = number
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.shared.part(self._number, hidden_states)
+
+
+def _gated(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    both = module.gate_up_proj(hidden_states)
+    if isinstance(module.act_fn, _SILUS) and attention.has_kernels(both.device):
+        from pd.engine.kernels import gate
+
+        product = gate(both)
+    else:
+        gates, ups = both.chunk(2, -1)
+        product = module.act_fn(gates) * ups
+    found: torch.Tensor = module.down_proj(product)
+    return found
+
+
+def _is_gated(module: Any) -> bool:
+    """It calculates what `_gated` does: tried with small matrices in the place of its own."""
+    activation = getattr(module, "act_fn", None)
+    if activation is None or module.gate_proj.out_features != module.up_proj.out_features:
+        return False
+    random = torch.Generator().manual_seed(0)
+    sizes = ((8, 12), (8, 12), (12, 8))
+    gates, ups, downs = (nn.Linear(each, other, device="cpu") for each, other in sizes)
+    example = copy.copy(module)
+    small = dict(zip(_GATED, (gates, ups, downs), strict=True))
+    example.__dict__["_modules"] = {**module._modules, **small}
+    hidden = torch.randn(3, 8, generator=random)
+    with torch.no_grad():
+        for linear in (gates, ups, downs):
+            for parameter in linear.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+        expected = downs(activation(gates(hidden)) * ups(hidden))
+        found = type(module).forward(example, hidden)  # without hooks
+        return torch.allclose(found, expected, 1e-5)

@@ -28,6 +28,10 @@ _MERGED = 16
 """Queries a program."""
 _ROTATED = 1024
 """Pairs of numbers a program."""
+_NORMED = 2048
+"""Numbers a program, of rows that are shorter."""
+_GATED = 1024
+"""Products a program."""
 
 
 def write(
@@ -192,6 +196,44 @@ def rotate(
     )
     by_head = rotated.transpose(1, 2)
     return by_head[:, :heads], by_head[:, heads:]
+
+
+def norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """hidden (..., dim), each divided by the root of its mean square, times weight (dim)."""
+    dim = hidden.shape[-1]
+    if hidden.dim() != 4 or len(hidden) != 1 or hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+        outer, inner, strides = hidden.numel() // dim, 1, [dim, 0]
+    else:
+        (_, outer, inner, _), strides = hidden.shape, list(hidden.stride()[1:3])
+    normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(dim)
+    rows = max(1, min(_NORMED // block, triton.next_power_of_2(outer * inner)))
+    _norm[(triton.cdiv(outer * inner, rows),)](
+        hidden,
+        weight,
+        normed,
+        epsilon,
+        outer * inner,
+        *strides,
+        INNER=inner,
+        DIM=dim,
+        BLOCK_R=rows,
+        BLOCK_D=block,
+        num_warps=8 if block >= _NORMED else 4,
+    )
+    return normed
+
+
+def gate(both: torch.Tensor) -> torch.Tensor:
+    """(..., gates and what they are for) -> their products, with SiLU gates."""
+    size = both.shape[-1] // 2
+    both = both.contiguous()
+    product = both.new_empty(*both.shape[:-1], size)
+    _gate[(both.numel() // (2 * size), triton.cdiv(size, _GATED))](
+        both, product, SIZE=size, BLOCK=_GATED, num_warps=4
+    )
+    return product
 
 
 def _strides(pool: PagePool) -> tuple[int, int, int]:
@@ -444,3 +486,41 @@ def _rotate(
     to = rotated + (token * (HEADS + KV_HEADS) + head) * (2 * HALF) + dims
     tl.store(to, low.to(rotated.dtype.element_ty), of_query | of_key)
     tl.store(to + HALF, high.to(rotated.dtype.element_ty), of_query | of_key)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm(
+    hidden,
+    weight,
+    normed,
+    epsilon,
+    rows,
+    outer_stride,
+    inner_stride,
+    INNER: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dims = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (dims < DIM)[None, :]
+    at = row // INNER * outer_stride + row % INNER * inner_stride
+    found = tl.load(hidden + at[:, None] + dims[None, :], inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(found * found, 1) / DIM + epsilon)
+    weights = tl.load(weight + dims, dims < DIM, 0.0).to(tl.float32)
+    result = found * scale[:, None] * weights[None, :]
+    tl.store(
+        normed + row[:, None] * DIM + dims[None, :], result.to(normed.dtype.element_ty), inside
+    )
+
+
+@triton.jit
+def _gate(both, product, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < SIZE
+    gates = tl.load(both + row * (2 * SIZE) + number, inside, 0.0).to(tl.float32)
+    ups = tl.load(both + row * (2 * SIZE) + SIZE + number, inside, 0.0).to(tl.float32)
+    result = gates / (1 + tl.exp(-gates)) * ups
+    tl.store(product + row * SIZE + number, result.to(product.dtype.element_ty), inside)

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from pd.cost import layer_groups
 from pd.engine import attention
 from pd.engine.batch import RowStart, StepCommand, StepResult
-from pd.engine.fused import fuse_norms, fuse_rotary
+from pd.engine.fused import fuse_norms, fuse_rotary, merge_products
 from pd.engine.pool import PagePool
 from pd.engine.ranks import Ranks
 from pd.engine.sampler import Sampler
@@ -113,9 +113,11 @@ class ModelRunner:
         if self.ranks.cp.size > 1 and self.ranks.is_last_stage:
             model.lm_head.register_forward_pre_hook(self._collect_samples)
         fuse_norms(model)
+        model = model.to(device=self.device, dtype=self.compute_dtype).eval()
         if attention.has_kernels(self.device):
             fuse_rotary(model)
-        return model.to(device=self.device, dtype=self.compute_dtype).eval()
+            merge_products(model)
+        return model
 
     def allocate(self, num_pages: list[int], max_rows: int, max_context: int) -> None:
         """Create the pools (page 0 of each is the null page) and the rows of the running batch."""

@@ -14,7 +14,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3 import modeling_qwen3
 
 from pd.bench.tiny import make_tiny_model
-from pd.engine.fused import _rotates_halves, fuse_norms
+from pd.engine.fused import _rotates_halves, fuse_norms, merge_products
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,41 @@ def test_norms_that_are_torchs_are_replaced(family: str, count: int, tmp_path: P
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    # Queries, keys and values, gates and what they are for, of 4 layers. Experts' are one anyway,
+    # DeepSeek has other queries and keys; a shared expert counts.
+    [
+        ("llama", 8),
+        ("qwen3", 8),
+        ("gemma3_text", 8),
+        ("qwen3_moe", 4),
+        ("gpt_oss", 4),
+        ("deepseek_v3", 4),
+    ],
+)
+def test_products_of_one_input_are_merged(family: str, count: int, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path, family)).eval()
+    plain = copy.deepcopy(model)
+    products: list[str] = []
+    merge_products(model)
+    for name, module in model.get_decoder().layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: products.append(name))
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+        # What was left of an earlier step is not taken for this one's.
+        torch.testing.assert_close(
+            model(tokens + 1).logits, plain(tokens + 1).logits, atol=1e-4, rtol=1e-4
+        )
+    merged = {name for name in products if name.endswith((".linear", "gate_up_proj"))}
+    assert len(merged) == count
+    assert all(products.count(name) == 2 for name in merged)
+    sizes = [sum(each.numel() for each in each.parameters()) for each in (model, plain)]
+    assert sizes[0] == sizes[1]
 
 
 def test_functions_that_rotate_halves_are_found() -> None:
@@ -62,3 +97,37 @@ def test_rotation(
     for ours, theirs in zip(rotate(query[0], key[0], cos[0], sin[0]), expected, strict=True):
         assert ours.shape == theirs.shape
         assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@needs_cuda
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("tokens", [1, 3, 700])
+def test_norms_of_rows_apart_and_gates(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    from pd.engine.kernels import gate, norm
+
+    random = torch.Generator("cuda").manual_seed(tokens)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, device="cuda").to(dtype)
+
+    def far(found: torch.Tensor, expected: torch.Tensor) -> float:
+        assert found.shape == expected.shape
+        return float((found.double() - expected).norm() / expected.norm())
+
+    for dim in (48, 128, 4096, 7168):
+        hidden = numbers(1, tokens, dim + 16)[..., :dim]
+        weight = numbers(dim)
+        expected = torch.rms_norm(hidden.double(), (dim,), weight.double(), 1e-6)
+        assert far(norm(hidden, weight, 1e-6), expected) < tolerance
+    for heads, dim in ((5, 128), (3, 80)):
+        both = numbers(1, tokens, (heads + 2) * dim)
+        of_heads = both[..., dim : (heads + 1) * dim].view(1, tokens, heads, dim)
+        weight = numbers(dim)
+        expected = torch.rms_norm(of_heads.double(), (dim,), weight.double(), 1e-6)
+        assert far(norm(of_heads, weight, 1e-6), expected) < tolerance
+        assert (
+            far(norm(of_heads.transpose(1, 2), weight, 1e-6), expected.transpose(1, 2)) < tolerance
+        )
+    both = numbers(1, tokens, 2 * 2500)
+    gates, ups = both.double().chunk(2, -1)
+    assert far(gate(both), torch.nn.functional.silu(gates) * ups) < tolerance

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from reference_sampler import adjusted_logits, choose_token, kept_probabilities
 
 from pd.engine.batch import RowStart, StepCommand
@@ -38,7 +39,7 @@ def draw(
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """Start every item in its row (by default its number), and sample once."""
     rows = list(range(len(items))) if rows is None else rows
-    sampler = Sampler(max(rows) + 1, logits.shape[1], torch.device("cpu"))
+    sampler = Sampler(max(rows) + 1, logits.shape[1], logits.device)
     for row, item in zip(rows, items, strict=True):
         tokens = np.array(item.prompt + item.output, np.int32)
         sampler.start_row(RowStart(row, item.params, tokens, len(item.prompt)))
@@ -134,7 +135,8 @@ def test_frequencies_are_the_probabilities(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_settings_choose_the_references_token(seed: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_settings_choose_the_references_token(device: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = 16
     logits = random_logits(seed, count)
@@ -159,7 +161,7 @@ def test_any_settings_choose_the_references_token(seed: int) -> None:
         items.append(
             Item(settings, prompt, rng.integers(0, VOCABULARY, rng.integers(0, 9)).tolist())
         )
-    tokens, _ = draw(items, logits)
+    tokens, _ = draw(items, logits.to(device))
     expected = [
         choose_token(row, item.params, item.prompt, item.output)
         for row, item in zip(logits, items, strict=True)
@@ -273,21 +275,26 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_requests_token_does_not_depend_on_the_batch(seed: int) -> None:
-    """Alone, among others, in another order and in other rows."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_requests_token_does_not_depend_on_the_batch(device: str, seed: int) -> None:
+    """Alone, among others, in another order and in other rows; with more tokens in some nuclei, and
+    more asked for by top-k, than are looked at first."""
     rng = np.random.default_rng(seed)
-    count = 12
-    logits = random_logits(100 + seed, count)
+    count, vocabulary = 24, 3000
+    flatness = torch.from_numpy(rng.choice((0.05, 1.0), (count, 1)).astype(np.float32))
+    logits = (random_logits(100 + seed, count, vocabulary) * flatness).to(device)
     items = [
         Item(
             params(
                 temperature=float(rng.choice((0.0, 1.0))),
+                top_k=int(rng.choice((0, 0, 20, 1500))),
                 top_p=float(rng.choice((1.0, 0.8))),
+                min_p=float(rng.choice((0.0, 0.01))),
                 repetition_penalty=float(rng.choice((1.0, 1.2))),
-                logprobs=2,
+                logprobs=rng.choice((None, 2)),
                 seed=int(rng.integers(2**32)),
             ),
-            output=rng.integers(0, VOCABULARY, 3).tolist(),
+            output=rng.integers(0, vocabulary, 3).tolist(),
         )
         for _ in range(count)
     ]
