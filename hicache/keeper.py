@@ -109,6 +109,9 @@ class Keeper:
         self._clients: dict[str, dict[int, _Search | _Offer]] = {}
         """Open exchanges, by serial."""
         self._floors: dict[str, int] = {}
+        self._ended: dict[str, set[int]] = {}
+        """Serials not below the floor: a repeated message must not open them again, as a late
+        `Copied` would then speak of other slots."""
         self._coming: Counter[bytes] = Counter()
         """Pages that somebody copies to the host tier now."""
         self._parked: list[_Offer] = []
@@ -119,10 +122,12 @@ class Keeper:
     def client_up(self, name: str) -> None:
         self._clients[name] = {}
         self._floors[name] = 0
+        self._ended[name] = set()
 
     def client_down(self, name: str, now: float) -> None:
         """Its process has ended."""
         self._floors.pop(name, None)
+        self._ended.pop(name, None)
         for exchange in self._clients.pop(name, {}).values():
             self._drop(exchange, now)
         self._unpark(now)
@@ -131,11 +136,13 @@ class Keeper:
         exchanges = self._clients.get(client)
         if exchanges is None or not self._is_sound(message):
             return
+        ended = self._ended[client]
         if message.floor > self._floors[client]:
             self._floors[client] = message.floor
+            ended.difference_update([serial for serial in ended if serial < message.floor])
             for serial in [serial for serial in exchanges if serial < message.floor]:
                 self._drop(exchanges.pop(serial), now)
-        if message.serial < self._floors[client]:
+        if message.serial < self._floors[client] or message.serial in ended:
             self._unpark(now)
             return  # repeated, or overtaken by what closed it
         match message:
@@ -151,8 +158,10 @@ class Keeper:
                 offer = exchanges.get(message.serial)
                 if isinstance(offer, _Offer):
                     del exchanges[message.serial]
+                    ended.add(message.serial)
                     self._copied(offer, message.num_pages, now)
             case Close():
+                ended.add(message.serial)
                 if message.serial in exchanges:
                     self._drop(exchanges.pop(message.serial), now)
         self._unpark(now)

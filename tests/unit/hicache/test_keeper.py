@@ -353,6 +353,22 @@ def test_a_repeated_message_changes_nothing() -> None:
     assert rig.is_idle
 
 
+@pytest.mark.parametrize("end", [Copied(2, 1, 4), Close(2, 1)], ids=["copied", "closed"])
+def test_what_has_ended_is_not_opened_again_while_what_came_before_is_open(
+    end: Copied | Close,
+) -> None:
+    """A late `Copied` would speak of the slots that it had at first."""
+    rig, hashes = Rig(), chain(1, 4)
+    rig.find("a", 1, chain(2, 1))
+    rig.offer("a", 2, hashes, floor=1)
+    rig.say("a", end)
+    num_open = rig.keeper.num_open
+    assert not rig.say("a", Offer(2, 1, 0, b"".join(hashes), (0,)))
+    assert rig.keeper.num_open == num_open
+    rig.say("a", Close(1, 3))
+    assert rig.is_idle
+
+
 def test_the_floor_closes_what_is_below_it() -> None:
     rig, hashes = Rig(), chain(1, 4)
     rig.store("a", 1, hashes)
