@@ -95,8 +95,22 @@ class Tick:
     """Time has passed; sent several times a second."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LookAhead:
+    """The moment has come that `Leader.look_ahead_at` named."""
+
+
 Event = (
-    Received | StepDone | Written | Digested | PagesCopied | PeerUp | PeerDown | PeerDraining | Tick
+    Received
+    | StepDone
+    | Written
+    | Digested
+    | PagesCopied
+    | PeerUp
+    | PeerDown
+    | PeerDraining
+    | Tick
+    | LookAhead
 )
 
 # ------------------------------------------------------------------------------------------ effects

@@ -34,6 +34,7 @@ from pd.events import (
     Digested,
     Effect,
     Event,
+    LookAhead,
     PagesCopied,
     PeerDown,
     PeerDraining,
@@ -79,6 +80,8 @@ from transfer.topology import Topology
 _MAX_HANDOVERS = 3
 """Of one request; then it is prefilled here."""
 _FORGET = 0.9
+_AHEAD_S = 0.003
+"""Before a step's end the next one is planned: planning, and a timer that may be late."""
 _COUNTERS = ("steps", "decode_tokens", "aborted", "failed", "dropped_messages")
 """Fields of ReplicaLoad that only grow."""
 
@@ -118,10 +121,12 @@ class Leader:
         cache: CacheSpec = CacheSpec(),  # noqa: B008 (frozen)
         on_stored: Callable[[Tracked, int, int], None] = lambda sequence, begin, end: None,
         max_in_flight: int = 1,
+        looks_ahead: bool = False,
         max_context: int | None = None,
     ) -> None:
         """`on_stored`: these pages of a sequence may have entered the index. `max_in_flight`:
-        steps; their `StepDone` come in their order. `max_context`: tokens of a request that the
+        steps; their `StepDone` come in their order. `looks_ahead`: one more while tokens are
+        sampled, for a replica of one rank. `max_context`: tokens of a request that the
         pools hold."""
         if index.cp != topology.cp:
             raise ValueError(f"an index of cp {index.cp} for a replica of {topology}")
@@ -140,6 +145,7 @@ class Leader:
             lambda sequence, num_pages: self._caching.reused(sequence, num_pages),
             self._fetch,
             max_in_flight,
+            looks_ahead,
         )
         self._groups = groups
         self._page_tokens = page_tokens
@@ -196,6 +202,8 @@ class Leader:
         self._loads = cache.load
         self._decode_speed = DecodeSpeed()
         self._totals = StepTotals()
+        self._decode_step_s = self._ahead_at = 0.0
+        """Of the last step that only decoded; when the next step may be planned before its end."""
         self._on_stored = on_stored
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -228,6 +236,8 @@ class Leader:
                 self._draining.add(name)
             case Tick():
                 self._tick(now)
+            case LookAhead():
+                pass
             case _:
                 assert_never(event)
         self._caching.advance(self._speed_of_computing, now)
@@ -238,6 +248,11 @@ class Leader:
         self._outputs = {}
         effects, self._effects = self._effects, []
         return effects
+
+    @property
+    def look_ahead_at(self) -> float | None:
+        """When a `LookAhead` would have the next step planned before this one has ended."""
+        return self._ahead_at if self.scheduler.can_look_ahead else None
 
     @property
     def expects_writes(self) -> bool:
@@ -604,11 +619,18 @@ class Leader:
         first = self._reserving.first(now)
         turn = self.scheduler.turns.of(first, now) if first is not None else NEVER
         lacks_pages_since = min(turn, self._caching.lacks_pages_since)
-        while (command := self.scheduler.plan(now, lacks_pages_since)) is not None:
+        plan = self.scheduler.plan
+        if not self.scheduler.has_step_in_flight:
+            self._step_begins(now)
+        while (command := plan(now, lacks_pages_since, now >= self._ahead_at)) is not None:
             for start in command.starts:
                 sequence = next(s for s in self.scheduler.running if s.row == start.row)
                 self._sending.started(sequence, now)
             self._effects.append(RunStep(command))
+
+    def _step_begins(self, now: float) -> None:
+        """What comes until shortly before its end is in the next one."""
+        self._ahead_at = now + self._decode_step_s - _AHEAD_S
 
     def _step_done(self, result: StepResult, now: float) -> None:
         self._counts["steps"] += 1
@@ -619,6 +641,8 @@ class Leader:
             self._prefill_speed.measured(num_prefilling, result.seconds)
         elif result.tokens:
             self._decode_speed.measured(len(result.tokens), result.seconds)
+            self._decode_step_s = result.seconds
+        self._step_begins(now)
         for progress in self.scheduler.commit(result):
             sequence, token, logprob = progress.sequence, progress.token, progress.logprob
             generation = self._by_sequence.get(sequence)

@@ -29,6 +29,7 @@ from pd.events import (
     Digest,
     Effect,
     Event,
+    LookAhead,
     PeerDown,
     PeerDraining,
     PeerUp,
@@ -86,6 +87,8 @@ class ReplicaNode(Node):
         self._is_stopping = self._is_resting = False
         self._cohort = ""
         self._expects_writes = False
+        self._look_at = 0.0
+        """When the leader will be woken, or was."""
         self._events: KvEvents | None = None
         self._feed: PageFeed | None = None
         """Of the index's pages, for API processes whose routers go by them."""
@@ -184,6 +187,7 @@ class ReplicaNode(Node):
             spec.transfer.verify,
             cache,
             max_in_flight=topology.pp,
+            looks_ahead=topology.num_ranks == 1,
             max_context=start.max_context,
             **({"on_stored": self._stored} if publishes else {}),
         )
@@ -237,6 +241,10 @@ class ReplicaNode(Node):
             for effect in self.leader.handle(event, time.monotonic()):
                 self._carry_out(effect)
             self._tell_pages()
+            look_at = self.leader.look_ahead_at
+            if look_at is not None and look_at != self._look_at:
+                self._look_at = look_at
+                asyncio.get_running_loop().call_at(look_at, self.handle, LookAhead())
             if self.leader.expects_writes != self._expects_writes:
                 self._expects_writes = self.leader.expects_writes
                 self._team.carry_out(Expect(self._expects_writes))

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from pd.messages import Int32Array, SamplingParams, TokenLogprob
 
+LAST_SAMPLED = -1
+"""In a command: the token that was last sampled for the row, by a step that may still run."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowStart:
@@ -31,8 +34,8 @@ class RowStart:
 class StepCommand:
     """One forward pass over packed chunks; item i computes `counts[i]` tokens of row `rows[i]`.
 
-    Items of one token come first. `tokens` holds all chunks end to end. Where `sample[i]`, a token
-    is sampled after the item's last position.
+    Items of one token come first. `tokens` holds all chunks end to end; an item's only token may be
+    LAST_SAMPLED. Where `sample[i]`, a token is sampled after the item's last position.
     """
 
     starts: list[RowStart]

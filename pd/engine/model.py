@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 
 from pd.cost import layer_groups
 from pd.engine import attention
-from pd.engine.batch import RowStart, StepCommand, StepResult
+from pd.engine.batch import LAST_SAMPLED, RowStart, StepCommand, StepResult
 from pd.engine.fused import fuse_norms, fuse_rotary, merge_products
 from pd.engine.pool import PagePool
 from pd.engine.ranks import Ranks
@@ -128,6 +128,7 @@ class ModelRunner:
         width = -(-max_context // self.layouts[0].page_tokens) + 1
         self._tables = [np.zeros((max_rows, width), np.int32) for _ in self.pools]
         self._sampler = Sampler(max_rows, self.vocab_size, self.device)
+        self._last_sampled = np.zeros(max_rows, np.int32)
         self.graphs = None
         self._max_context = max_context
         if self.ranks.topology.num_ranks == 1 and all(map(attention.can_page, self.pools)):
@@ -164,11 +165,11 @@ class ModelRunner:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
             table[update[:, 0], update[:, 1]] = update[:, 2]
+        command = self._with_sampled(command)
         if self.graphs is not None:
             logits = self.graphs.step(command, self._tables)
             if logits is not None:
-                sampled = self._sampler.sample(logits, command) if len(logits) else ([], [])
-                return self._done(StepResult(*sampled, 0.0), begin)
+                return self._done(self._sample(logits, command), begin)
         plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
         positions = command.token_positions()
@@ -234,9 +235,22 @@ class ModelRunner:
         self._sampled = np.flatnonzero(local[last] >= 0), len(last)
         keep = self._tensor(local[last[self._sampled[0]]])
         logits = self.model(logits_to_keep=keep, **inputs).logits[0]
-        if not self.ranks.samples:
+        return self._sample(logits, command) if self.ranks.samples else StepResult([], [], 0.0)
+
+    def _sample(self, logits: torch.Tensor, command: StepCommand) -> StepResult:
+        if not len(logits):
             return StepResult([], [], 0.0)
-        return StepResult(*self._sampler.sample(logits, command), 0.0)
+        tokens, logprobs = self._sampler.sample(logits, command)
+        self._last_sampled[command.rows[command.sample]] = tokens
+        return StepResult(tokens, logprobs, 0.0)
+
+    def _with_sampled(self, command: StepCommand) -> StepCommand:
+        """Tokens in place of LAST_SAMPLED."""
+        unknown = command.tokens == LAST_SAMPLED
+        if not unknown.any():
+            return command
+        last = np.repeat(self._last_sampled[command.rows], command.counts)
+        return dataclasses.replace(command, tokens=np.where(unknown, last, command.tokens))
 
     def _collect_samples(self, _: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """(1, own samples, hidden) -> (1, samples, hidden): each context-parallel rank has the

@@ -11,7 +11,10 @@ and its tokens recomputed later.
 Up to `max_in_flight` steps are in flight, one for each stage of a pipeline: `plan` ... -> `commit`,
 the oldest first. Each stage runs them in order. While a sequence's chunk is in flight the next
 chunk of its prompt may be planned, but nothing after a position whose token is to be sampled; where
-several steps may be in flight, each takes its share of the sequences that need one token. What is
+several steps may be in flight, each takes its share of the sequences that need one token. A
+scheduler that looks ahead has one step more in flight while the last one only decodes: it begins
+with the tokens that are being sampled, whatever they turn out to be, so that the device does not
+wait for the leader. A sequence that ends with such a token is computed once in vain. What is
 offered to the index, given back or reused has been committed: a sequence that is dropped or is to
 be preempted keeps its pages until the last step that has it is committed, because steps write to
 them, and pages that leave a window stay while steps in flight may read them.
@@ -29,7 +32,7 @@ import numpy as np
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes
-from pd.engine.batch import RowStart, StepCommand, StepResult
+from pd.engine.batch import LAST_SAMPLED, RowStart, StepCommand, StepResult
 from pd.engine.turns import NEVER, Turn, Turns, WaitingQueue
 from pd.messages import Int32Array, SamplingParams, TokenLogprob
 from transfer.layout import LayerGroup
@@ -159,10 +162,12 @@ class Scheduler:
         on_reused: Callable[[Tracked, int], None] = lambda sequence, num_pages: None,
         fetch: Callable[[Tracked, float], bool] = lambda sequence, now: False,
         max_in_flight: int = 1,
+        looks_ahead: bool = False,
     ) -> None:
         """`on_published`: these pages of a sequence are complete and in the index. `on_reused`: so
         many leading pages were found there. `fetch`: whether to wait for pages from other tiers;
-        the sequence is then `add`ed again. `max_in_flight`: steps."""
+        the sequence is then `add`ed again. `max_in_flight`: steps. `looks_ahead`: ranks put in the
+        tokens that they sampled, so a replica of one rank."""
         self.index = index
         self.turns = Turns()
         self.landed: WaitingQueue[Tracked] = WaitingQueue(self.turns)
@@ -177,6 +182,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._free_rows = list(range(max_running - 1, -1, -1))
         self._max_in_flight = max_in_flight
+        self._looks_ahead = looks_ahead
         self._in_flight: deque[list[tuple[Tracked, int, bool]]] = deque()
         """Steps, the oldest first: (sequence, tokens, whether one is sampled)."""
         self.dropped: set[Tracked] = set()
@@ -223,6 +229,13 @@ class Scheduler:
     @property
     def has_step_in_flight(self) -> bool:
         return bool(self._in_flight)
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """The last step in flight only decodes; else what comes meanwhile would wait for two."""
+        if not self._looks_ahead or len(self._in_flight) != self._max_in_flight:
+            return False
+        return all(count == 1 for _, count, _ in self._in_flight[-1])
 
     @property
     def num_prefilling(self) -> int:
@@ -337,11 +350,13 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- steps
 
-    def plan(self, now: float, lacks_pages_since: Turn = NEVER) -> StepCommand | None:
+    def plan(
+        self, now: float, lacks_pages_since: Turn = NEVER, look_ahead: bool = True
+    ) -> StepCommand | None:
         """The next step, or None when there is nothing to do, or enough is in flight. A waiting
         request is not admitted after the turn `lacks_pages_since`: that of one elsewhere that waits
-        for pages, and would never find them while later ones do."""
-        if len(self._in_flight) >= self._max_in_flight:
+        for pages, and would never find them while later ones do. `look_ahead`: if it can."""
+        if len(self._in_flight) >= self._max_in_flight and not (look_ahead and self.can_look_ahead):
             return None
         for victim in [sequence for sequence in self._leaving if not sequence.num_in_flight]:
             self._preempt(victim)
@@ -352,7 +367,7 @@ class Scheduler:
         def take(sequence: Tracked) -> None:
             nonlocal budget
             self._slide(sequence, sequence.num_computed)
-            count = min(sequence.length - sequence.num_planned, budget)
+            count = min(self._left(sequence), budget)
             while not self._grow(sequence, sequence.num_planned + count):
                 if self._leaving or self.dropped or sequence.num_in_flight:
                     return  # with the next commits pages come back, of its own window perhaps
@@ -405,13 +420,21 @@ class Scheduler:
             return None
         return self._command(items)
 
+    def _left(self, sequence: Tracked) -> int:
+        """Tokens to plan; one whose place is known but not yet itself counts, if it is not the last
+        one, nor the only one that is wanted here."""
+        left = sequence.length - sequence.num_planned
+        if left or not self._looks_ahead or not sequence.num_in_flight:
+            return left
+        return int(0 < sequence.num_output < sequence.params.max_tokens - 1)
+
     def _plannable(self) -> tuple[list[Tracked], list[Tracked]]:
         """Running sequences that need one token, and those that need more."""
         singles: list[Tracked] = []
         prefills: list[Tracked] = []
         for sequence in self.running:
-            left = sequence.length - sequence.num_planned
-            if left and sequence not in self.dropped:
+            left = self._left(sequence)
+            if left > 0 and sequence not in self.dropped:
                 (singles if left == 1 else prefills).append(sequence)
         return sorted(singles, key=_by_class), sorted(prefills, key=_by_class)
 
@@ -487,14 +510,14 @@ class Scheduler:
 
     def _command(self, items: list[tuple[Tracked, int]]) -> StepCommand:
         items.sort(key=lambda item: (item[1] > 1, item[0].num_planned))
-        step = [(s, n, s.num_planned + n == s.length) for s, n in items]
+        step = [(s, n, s.num_planned + n >= s.length) for s, n in items]
         command = StepCommand(
             starts=self._starts,
             rows=np.array([s.row for s, _ in items], np.int32),
             positions=np.array([s.num_planned for s, _ in items], np.int32),
             counts=np.array([n for _, n in items], np.int32),
             sample=np.array([sample for _, _, sample in step], np.bool_),
-            tokens=np.concatenate([s.buffer[s.num_planned : s.num_planned + n] for s, n in items]),
+            tokens=np.concatenate([_tokens(s, n) for s, n in items]),
             pages=[np.array(pages, np.int32).reshape(-1, 3) for pages in self._new_pages],
         )
         for sequence, count in items:
@@ -514,13 +537,14 @@ class Scheduler:
             sequence.num_in_flight -= count
             token, logprob = next(sampled) if sample else (None, None)
             self.publish(sequence)
+            if token is not None:
+                sequence.append(token)  # the next step in flight may have begun with it
             if sequence in self.dropped:
                 if not sequence.num_in_flight:
                     self.dropped.remove(sequence)
                     self.drop(sequence)
                 continue
             if token is not None:
-                sequence.append(token)
                 self.turns.charge(sequence.tenant, 1)
             progress.append(Progress(sequence, token, logprob))
         return progress
@@ -542,3 +566,11 @@ class Scheduler:
         self.index.insert(parent, sequence.hashes[begin:end], slots, begin, tenant)
         sequence.num_indexed = end
         self._on_published(sequence, begin, end)
+
+
+def _tokens(sequence: Tracked, count: int) -> Int32Array:
+    """The next ones to compute."""
+    begin = sequence.num_planned
+    if begin == sequence.length:
+        return np.array([LAST_SAMPLED], np.int32)
+    return sequence.buffer[begin : begin + count]

@@ -36,6 +36,7 @@ from pd.events import (
     Digest,
     Digested,
     Event,
+    LookAhead,
     PagesCopied,
     PeerDown,
     PeerUp,
@@ -123,6 +124,7 @@ class SimReplica:
             verify=verify,
             cache=cache,
             max_in_flight=topology.pp,
+            looks_ahead=topology.num_ranks == 1,
         )
         self.token_seconds = token_seconds
         self.frozen: list[Event] | None = None
@@ -322,6 +324,9 @@ class Simulation(VirtualClock):
             replica.frozen.append(event)
             return
         effects = replica.leader.handle(event, self.now)
+        look_at = replica.leader.look_ahead_at
+        if look_at is not None and look_at > self.now:
+            self.at(look_at, lambda: self.deliver(replica, LookAhead()))
         for effect in effects:
             match effect:
                 case Send("api", message):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from cache_world import GARBAGE
 
-from pd.engine.batch import StepCommand
+from pd.engine.batch import LAST_SAMPLED, StepCommand
 from transfer.layout import PageLayout
 from transfer.topology import ReplicaLayout, Topology
 from transfer.transport import PagePart
@@ -111,6 +111,8 @@ class _Row:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.keys = prefix_keys(tokens)
+        self.sampled = LAST_SAMPLED
+        """None yet."""
 
     def extend(self, tokens: list[int]) -> None:
         self.tokens += tokens
@@ -183,6 +185,8 @@ class Ranks:
             zip(command.rows.tolist(), command.positions.tolist(), strict=True)
         ):
             known, chunk = stage.rows[row], chunks[at].tolist()
+            if chunk == [LAST_SAMPLED]:
+                chunk = [known.sampled]
             end = position + len(chunk)
             if position == len(known.tokens):
                 known.extend(chunk)
@@ -190,7 +194,8 @@ class Ranks:
             for group in range(len(self.groups)):
                 self._attend(group, number, row, position, end, in_use[group])
             if command.sample[at]:
-                sampled.append(next_token(known.keys[end - 1]))
+                known.sampled = next_token(known.keys[end - 1])
+                sampled.append(known.sampled)
         return sampled
 
     def _attend(

@@ -11,7 +11,7 @@ import pytest
 
 from hicache.index import PageIndex
 from hicache.keys import page_hashes, root_hash
-from pd.engine.batch import StepCommand, StepResult
+from pd.engine.batch import LAST_SAMPLED, StepCommand, StepResult
 from pd.engine.scheduler import Scheduler, Tracked
 from pd.engine.turns import PATIENCE_S
 from pd.messages import SamplingParams
@@ -32,11 +32,13 @@ class Rig:
         groups: tuple[LayerGroup, ...] = (FULL, SLIDING),
         cp: int = 1,
         max_in_flight: int = 1,
+        looks_ahead: bool = False,
     ) -> None:
         """`pages`: of each rank."""
         self.groups = groups
         self.max_batch_tokens = max_batch_tokens
-        self.max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight + looks_ahead
+        self.looks_ahead = looks_ahead
         self.index = PageIndex(groups, [cp * pages] * len(groups), PAGE, cp=cp)
         self.scheduler = Scheduler(
             self.index,
@@ -45,6 +47,7 @@ class Rig:
             max_batch_tokens,
             max_running,
             max_in_flight=max_in_flight,
+            looks_ahead=looks_ahead,
         )
         self.alive: list[Tracked] = []
 
@@ -135,8 +138,12 @@ def check_command(rig: Rig, command: StepCommand) -> None:
         assert position >= sequence.num_computed
         assert position + count == sequence.num_planned  # nothing of it was planned since
         chunk = command.tokens[offset : offset + count]
-        assert chunk.tolist() == sequence.buffer[position : position + count].tolist()
-        assert sample == (position + count == sequence.length)
+        if rig.looks_ahead and position == sequence.length:
+            assert chunk.tolist() == [LAST_SAMPLED]
+            assert sequence.num_output + 1 < sequence.params.max_tokens
+        else:
+            assert chunk.tolist() == sequence.buffer[position : position + count].tolist()
+        assert sample == (position + count >= sequence.length)
         offset += count
     check_writes(rig, command)
 
@@ -183,6 +190,7 @@ class Ranks:
         self.rig = rig
         self.tables: list[dict[tuple[int, int], int]] = [{} for _ in rig.groups]
         self.history: dict[int, list[int]] = {}
+        self.last_sampled: dict[int, int] = {}
         self.pools: list[dict[tuple[int, int], int]] = [{} for _ in rig.groups]
         self.in_flight: deque[tuple[StepCommand, list[tuple[Tracked, int, int, int]]]] = deque()
         """Commands, and what each reads and writes: (sequence, layer group, page, slot)."""
@@ -228,6 +236,7 @@ class Ranks:
             command.rows.tolist(), command.positions.tolist(), chunks, command.sample, strict=True
         ):
             tokens, end = self.history[row], position + len(chunk)
+            chunk = np.where(chunk == LAST_SAMPLED, self.last_sampled.get(row, 0), chunk)
             if position == len(tokens):
                 tokens += chunk.tolist()
             assert tokens[position:end] == chunk.tolist()
@@ -239,15 +248,19 @@ class Ranks:
                 for at in range(first, end):
                     assert pool[table[row, at // PAGE], at % PAGE] == keys[at]
             if sample:
-                sampled.append(next_token(tokens[:end]))
+                self.last_sampled[row] = next_token(tokens[:end])
+                sampled.append(self.last_sampled[row])
         return StepResult(sampled, [None] * len(sampled), 0.0)
 
 
 @pytest.mark.parametrize("seed", range(50))
 @pytest.mark.parametrize("groups", [(FULL,), (FULL, SLIDING), (SLIDING,)], ids=len)
-@pytest.mark.parametrize(("cp", "max_in_flight"), [(1, 1), (2, 1), (1, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("cp", "max_in_flight", "looks_ahead"),
+    [(1, 1, False), (1, 1, True), (2, 1, False), (1, 2, False), (3, 3, False)],
+)
 def test_random_histories(
-    seed: int, groups: tuple[LayerGroup, ...], cp: int, max_in_flight: int
+    seed: int, groups: tuple[LayerGroup, ...], cp: int, max_in_flight: int, looks_ahead: bool
 ) -> None:
     """Arrivals, handovers and drops, also during steps, in small pools. Every sequence gets the
     tokens that it would get alone."""
@@ -260,7 +273,9 @@ def test_random_histories(
         groups=groups,
         cp=cp,
         max_in_flight=max_in_flight,
+        looks_ahead=looks_ahead,
     )
+    max_in_flight = rig.max_in_flight
     ranks = Ranks(rig)
     prompts = [[rng.randrange(9) for _ in range(rng.randint(1, 30))] for _ in range(4)]
     arrivals = 40
@@ -633,6 +648,73 @@ def test_a_sequence_in_flight_is_preempted_when_its_step_has_ended() -> None:
     assert second is not None
     assert second.rows.tolist() == [old.row]
     assert (young.row, young.preemptions, young.num_output) == (-1, 1, 2)
+
+
+# ---------------------------------------------------------------------------------- looking ahead
+
+
+def test_a_decode_step_begins_with_what_is_being_sampled() -> None:
+    rig = Rig(max_batch_tokens=64, looks_ahead=True)
+    sequence = rig.add([1] * 5, max_tokens=3)
+    prefill = rig.scheduler.plan(0.0)
+    assert prefill is not None
+    assert rig.scheduler.plan(0.0) is None  # what comes during a prefill is not to wait for two
+    rig.scheduler.commit(rig.result(prefill, 7))
+    one, other = rig.scheduler.plan(0.0), rig.scheduler.plan(0.0)
+    assert one is not None
+    assert other is not None
+    assert rig.scheduler.plan(0.0) is None
+    for command, position, token in ((one, 5, 7), (other, 6, LAST_SAMPLED)):
+        assert (command.positions.tolist(), command.tokens.tolist()) == ([position], [token])
+        assert command.sample.tolist() == [True]
+    rig.scheduler.commit(rig.result(one, 8))
+    assert rig.scheduler.plan(0.0) is None  # the last token is on its way
+    rig.scheduler.commit(rig.result(other, 3))
+    assert sequence.buffer[5 : sequence.length].tolist() == [7, 8, 3]
+
+
+def test_looking_ahead_ends_with_the_only_token_that_is_wanted_here() -> None:
+    """A prompt of which one token is left to compute, for a replica that hands it over."""
+    rig = Rig(looks_ahead=True)
+    rig.add([1])
+    assert rig.scheduler.plan(0.0) is not None
+    assert rig.scheduler.plan(0.0) is None
+
+
+@pytest.mark.parametrize("num_committed", [0, 1])
+def test_what_ends_while_a_step_is_ahead_leaves_with_that_step(num_committed: int) -> None:
+    """Dropped before its token is known, or because of it: its pages are cached by their tokens."""
+    rig = Rig(groups=(FULL,), looks_ahead=True)
+    landed = rig.land([1, 2, 3, 4, 5, 6], token=7)
+    other = rig.land([9], token=9)
+    assert landed is not None
+    assert other is not None
+    commands = [rig.scheduler.plan(0.0), rig.scheduler.plan(0.0)]
+    for number, command in enumerate(commands):
+        assert command is not None
+        if number == num_committed:
+            rig.drop(landed)
+        rig.scheduler.commit(rig.result(command, 8))
+        assert (landed.row >= 0) == (number == 0)
+    full = page_hashes(np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int32), PAGE, ROOT)
+    assert rig.index.match(full) == 2
+    assert rig.used() == [1]
+    assert other.num_output == 3
+
+
+def test_a_prompt_joins_after_the_step_that_is_ahead() -> None:
+    rig = Rig(max_batch_tokens=64, looks_ahead=True)
+    landed = rig.land([1] * 6)
+    assert landed is not None
+    one, _ = rig.scheduler.plan(0.0), rig.scheduler.plan(0.0)
+    assert one is not None
+    rig.add([2] * 9)
+    assert rig.scheduler.plan(0.0) is None
+    rig.scheduler.commit(rig.result(one))
+    mixed = rig.scheduler.plan(0.0)
+    assert mixed is not None
+    assert mixed.counts.tolist() == [1, 9]
+    assert mixed.tokens[0] == LAST_SAMPLED
 
 
 # ------------------------------------------------------------------------------------------ stripes

@@ -25,6 +25,7 @@ class _Leader:
     """Writes to decode-0 whenever a step has ended."""
 
     expects_writes = False
+    look_ahead_at = None
 
     def __init__(self) -> None:
         self.events: list[Event] = []
