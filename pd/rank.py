@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import msgspec
 import numpy as np
 
-from pd.engine.batch import StepResult
+from pd.engine.batch import StepCommand, StepResult
 from pd.events import (
     BreakLink,
     CancelWrite,
@@ -129,7 +130,6 @@ RankEffect = (
 RankEvent = (
     StepDone | Written | Digested | PagesCopied | Flushed | HostOpened | PeerLost | RankFailed
 )
-_E = TypeVar("_E", bound=RankEvent)
 
 
 def _encode_array(value: Any) -> Any:
@@ -202,6 +202,8 @@ class RankWorker:
         self._on_event = on_event
         self._digester = ThreadPoolExecutor(1, "digests")
         self.compute = ThreadPoolExecutor(1, "compute")
+        self._commands: deque[StepCommand] = deque()
+        """Steps to begin."""
         self._stops: list[Callable[[float], None]] = []
         """Of what has been started so far."""
         self._connected: dict[str, list[str]] = {}
@@ -287,7 +289,8 @@ class RankWorker:
         """On the event loop's thread; an effect that is for other ranks is not given."""
         match effect:
             case RunStep(command):
-                self._submit(self.compute, lambda: StepDone(self.runner.step(command)))
+                self._commands.append(command)
+                self._submit(self.compute, self._run_steps)
             case Write(write_id, peer, group, source, target, part, handover, _, rank):
                 name = endpoint(peer, rank)
                 self._mover.write(write_id, name, group, source, target, part, handover)
@@ -348,17 +351,30 @@ class RankWorker:
 
     # ---------------------------------------------------------------------------------- the threads
 
-    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], RankEvent]) -> None:
+    def _run_steps(self) -> None:
+        """One that waits begins before the result of the one before it is told: what is then done
+        about it takes the interpreter, and the device would wait."""
+        finish = self.runner.begin(self._commands.popleft()) if self._commands else None
+        while finish is not None:
+            result, finish = finish(), None
+            try:
+                if self._commands:
+                    finish = self.runner.begin(self._commands.popleft())
+            finally:
+                self._on_event(StepDone(result))
+
+    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], RankEvent | None]) -> None:
         executor.submit(work).add_done_callback(self._work_ended)
 
-    def _work_ended(self, future: Future[_E]) -> None:
+    def _work_ended(self, future: Future[Any]) -> None:
+        """Tell what came of it, if it has not."""
         if future.cancelled():
             return
         error = future.exception()
         if error is not None:
             self._failed(error)
-        else:
-            self._on_event(future.result())
+        elif (event := future.result()) is not None:
+            self._on_event(event)
 
     def _write_ended(self, key: int, result: WriteResult) -> None:
         self._on_event(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,13 +155,17 @@ class ModelRunner:
             pool.data[0].zero_()
         self.graphs = graphs
 
-    @torch.inference_mode()
     def step(self, command: StepCommand) -> StepResult:
         """Run one command; writes the pools' pages named in it. Only the rank that samples has
         tokens to tell. Raises RankError."""
-        begin = time.perf_counter()
-        ranks = self.ranks
-        if ranks.samples:
+        return self.begin(command)()
+
+    @torch.inference_mode()
+    def begin(self, command: StepCommand) -> Callable[[], StepResult]:
+        """`step`, but a GPU may still be at work until the returned function is called, which comes
+        before the next command."""
+        began_at = time.perf_counter()
+        if self.ranks.samples:
             for start in command.starts:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
@@ -169,7 +174,13 @@ class ModelRunner:
         if self.graphs is not None:
             logits = self.graphs.step(command, self._tables)
             if logits is not None:
-                return self._done(self._sample(logits, command), begin)
+                return lambda: self._done(self._sample(logits, command), began_at)
+        result = self._compute(command)
+        return lambda: self._done(result, began_at)
+
+    def _compute(self, command: StepCommand) -> StepResult:
+        """Without a graph."""
+        ranks = self.ranks
         plan = attention.plan_attention(command, self.pools, self._tables, self._place, ranks.cp)
         ends = np.cumsum(command.counts)
         positions = command.token_positions()
@@ -195,13 +206,13 @@ class ModelRunner:
                 result = self._finish(command, inputs, plan.own, ends)
             else:
                 self.model.get_decoder()(**inputs)
-        return self._done(result, begin)
+        return result
 
-    def _done(self, result: StepResult, begin: float) -> StepResult:
+    def _done(self, result: StepResult, began_at: float) -> StepResult:
         if self.device.type == "cuda":
             # The pages are sent next, by somebody who knows nothing of this stream.
             torch.cuda.current_stream(self.device).synchronize()
-        return dataclasses.replace(result, seconds=time.perf_counter() - begin)
+        return dataclasses.replace(result, seconds=time.perf_counter() - began_at)
 
     def _forward(
         self,
@@ -237,6 +248,7 @@ class ModelRunner:
         logits = self.model(logits_to_keep=keep, **inputs).logits[0]
         return self._sample(logits, command) if self.ranks.samples else StepResult([], [], 0.0)
 
+    @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, command: StepCommand) -> StepResult:
         if not len(logits):
             return StepResult([], [], 0.0)
