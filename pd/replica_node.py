@@ -187,7 +187,7 @@ class ReplicaNode(Node):
             spec.transfer.verify,
             cache,
             max_in_flight=topology.pp,
-            looks_ahead=topology.num_ranks == 1,
+            looks_ahead=topology.pp == 1,
             max_context=start.max_context,
             **({"on_stored": self._stored} if publishes else {}),
         )

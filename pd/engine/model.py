@@ -165,7 +165,7 @@ class ModelRunner:
         """`step`, but a GPU may still be at work until the returned function is called, which comes
         before the next command."""
         began_at = time.perf_counter()
-        if self.ranks.samples:
+        if self.ranks.draws:
             for start in command.starts:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
@@ -246,7 +246,7 @@ class ModelRunner:
         self._sampled = np.flatnonzero(local[last] >= 0), len(last)
         keep = self._tensor(local[last[self._sampled[0]]])
         logits = self.model(logits_to_keep=keep, **inputs).logits[0]
-        return self._sample(logits, command) if self.ranks.samples else StepResult([], [], 0.0)
+        return self._sample(logits, command) if self.ranks.draws else StepResult([], [], 0.0)
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, command: StepCommand) -> StepResult:
@@ -254,7 +254,7 @@ class ModelRunner:
             return StepResult([], [], 0.0)
         tokens, logprobs = self._sampler.sample(logits, command)
         self._last_sampled[command.rows[command.sample]] = tokens
-        return StepResult(tokens, logprobs, 0.0)
+        return StepResult(tokens, logprobs, 0.0) if self.ranks.samples else StepResult([], [], 0.0)
 
     def _with_sampled(self, command: StepCommand) -> StepCommand:
         """Tokens in place of LAST_SAMPLED."""

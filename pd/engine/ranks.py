@@ -173,7 +173,10 @@ class Ranks:
         self.is_first_stage = coord.pp == 0
         self.is_last_stage = coord.pp == topology.pp - 1
         self.samples = self.is_last_stage and coord.tp == coord.cp == 0
-        """Whether this rank draws the tokens."""
+        """Whether this rank tells the tokens."""
+        self.draws = self.samples or topology.pp == 1
+        """Whether it draws them: all ranks of the only stage have all logits, and draw alike, so
+        that each knows what the next step begins with."""
         self.limit(timeout_s)
 
     def _is_beside(self, rank: int, *fields: str) -> bool:
