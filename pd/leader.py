@@ -82,6 +82,8 @@ _MAX_HANDOVERS = 3
 _FORGET = 0.9
 _AHEAD_S = 0.003
 """Before a step's end the next one is planned: planning, and a timer that may be late."""
+_TIMER_S = 0.001
+"""By so much at most a timer is early."""
 _COUNTERS = ("steps", "decode_tokens", "aborted", "failed", "dropped_messages")
 """Fields of ReplicaLoad that only grow."""
 
@@ -202,8 +204,10 @@ class Leader:
         self._loads = cache.load
         self._decode_speed = DecodeSpeed()
         self._totals = StepTotals()
-        self._decode_step_s = self._ahead_at = 0.0
-        """Of the last step that only decoded; when the next step may be planned before its end."""
+        self._decode_step_s = 0.0
+        """What the last step that only decoded took."""
+        self._ahead_at = 0.0
+        """The next step is planned from then on, if the one that runs only decodes."""
         self._on_stored = on_stored
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -622,14 +626,15 @@ class Leader:
         plan = self.scheduler.plan
         if not self.scheduler.has_step_in_flight:
             self._step_begins(now)
-        while (command := plan(now, lacks_pages_since, now >= self._ahead_at)) is not None:
+        is_late = now >= self._ahead_at - _TIMER_S
+        while (command := plan(now, lacks_pages_since, is_late)) is not None:
             for start in command.starts:
                 sequence = next(s for s in self.scheduler.running if s.row == start.row)
                 self._sending.started(sequence, now)
             self._effects.append(RunStep(command))
 
     def _step_begins(self, now: float) -> None:
-        """What comes until shortly before its end is in the next one."""
+        """Plan the next one shortly before its end: what comes until then is to be in it."""
         self._ahead_at = now + self._decode_step_s - _AHEAD_S
 
     def _step_done(self, result: StepResult, now: float) -> None:

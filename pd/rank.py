@@ -344,6 +344,7 @@ class RankWorker:
 
     def stop(self, timeout_s: float) -> None:
         """Blocks."""
+        self._commands.clear()
         for executor in (self.compute, self._digester):
             executor.shutdown(wait=False, cancel_futures=True)
         for stop in self._stops:
@@ -352,8 +353,8 @@ class RankWorker:
     # ---------------------------------------------------------------------------------- the threads
 
     def _run_steps(self) -> None:
-        """One that waits begins before the result of the one before it is told: what is then done
-        about it takes the interpreter, and the device would wait."""
+        """One that waits is launched before the result of the one before it is told: what is then
+        done about that takes the interpreter, and a GPU would wait."""
         finish = self.runner.begin(self._commands.popleft()) if self._commands else None
         while finish is not None:
             result, finish = finish(), None

@@ -87,8 +87,9 @@ class ReplicaNode(Node):
         self._is_stopping = self._is_resting = False
         self._cohort = ""
         self._expects_writes = False
-        self._look_at = 0.0
-        """When the leader will be woken, or was."""
+        self._look_ahead_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        """For that moment; it may have passed."""
         self._events: KvEvents | None = None
         self._feed: PageFeed | None = None
         """Of the index's pages, for API processes whose routers go by them."""
@@ -241,16 +242,24 @@ class ReplicaNode(Node):
             for effect in self.leader.handle(event, time.monotonic()):
                 self._carry_out(effect)
             self._tell_pages()
-            look_at = self.leader.look_ahead_at
-            if look_at is not None and look_at != self._look_at:
-                self._look_at = look_at
-                asyncio.get_running_loop().call_at(look_at, self.handle, LookAhead())
+            self._set_timer(self.leader.look_ahead_at)
             if self.leader.expects_writes != self._expects_writes:
                 self._expects_writes = self.leader.expects_writes
                 self._team.carry_out(Expect(self._expects_writes))
         except Exception as error:  # a leader in doubt ends with its process
             log.exception("%s fails", self.name)
             self.failure = f"{type(error).__name__}: {error}"
+
+    def _set_timer(self, look_ahead_at: float | None) -> None:
+        if look_ahead_at == self._look_ahead_at:
+            return
+        self._look_ahead_at = look_ahead_at
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if look_ahead_at is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(look_ahead_at, self.handle, LookAhead())
 
     def _tell_pages(self) -> None:
         """To subscribers of KV events and to API processes."""

@@ -30,7 +30,7 @@ _ROTATED = 1024
 """Pairs of numbers a program."""
 _NORMED = 2048
 """Numbers a program, of rows that are shorter."""
-_GATED = 1024
+_GATE_BLOCK = 1024
 """Products a program."""
 
 
@@ -230,8 +230,8 @@ def gate(both: torch.Tensor) -> torch.Tensor:
     size = both.shape[-1] // 2
     both = both.contiguous()
     product = both.new_empty(*both.shape[:-1], size)
-    _gate[(both.numel() // (2 * size), triton.cdiv(size, _GATED))](
-        both, product, SIZE=size, BLOCK=_GATED, num_warps=4
+    _gate[(both.numel() // (2 * size), triton.cdiv(size, _GATE_BLOCK))](
+        both, product, SIZE=size, BLOCK=_GATE_BLOCK, num_warps=4
     )
     return product
 

@@ -162,10 +162,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def begin(self, command: StepCommand) -> Callable[[], StepResult]:
-        """`step`, but a GPU may still be at work until the returned function is called, which comes
-        before the next command."""
+        """`step`, in two parts: this one takes little time, and launches what is one launch; the
+        returned function, called before the next command, does the rest and waits."""
         began_at = time.perf_counter()
-        if self.ranks.draws:
+        if self.ranks.samples:
             for start in command.starts:
                 self._sampler.start_row(start)
         for table, update in zip(self._tables, command.pages, strict=True):
@@ -175,9 +175,9 @@ class ModelRunner:
             logits = self.graphs.step(command, self._tables)
             if logits is not None:
                 return lambda: self._done(self._sample(logits, command), began_at)
-        result = self._compute(command)
-        return lambda: self._done(result, began_at)
+        return lambda: self._done(self._compute(command), began_at)
 
+    @torch.inference_mode()
     def _compute(self, command: StepCommand) -> StepResult:
         """Without a graph."""
         ranks = self.ranks
@@ -246,15 +246,25 @@ class ModelRunner:
         self._sampled = np.flatnonzero(local[last] >= 0), len(last)
         keep = self._tensor(local[last[self._sampled[0]]])
         logits = self.model(logits_to_keep=keep, **inputs).logits[0]
-        return self._sample(logits, command) if self.ranks.draws else StepResult([], [], 0.0)
+        return self._sample(logits, command)
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, command: StepCommand) -> StepResult:
+        """On all ranks of the last stage. If that is the first one too, each of them has to know
+        what the next step begins with."""
         if not len(logits):
             return StepResult([], [], 0.0)
-        tokens, logprobs = self._sampler.sample(logits, command)
-        self._last_sampled[command.rows[command.sample]] = tokens
-        return StepResult(tokens, logprobs, 0.0) if self.ranks.samples else StepResult([], [], 0.0)
+        ranks, rows = self.ranks, command.rows[command.sample]
+        result = StepResult([], [], 0.0)
+        tokens = [0] * len(rows)
+        if ranks.samples:
+            tokens, logprobs = self._sampler.sample(logits, command)
+            result = StepResult(tokens, logprobs, 0.0)
+        if ranks.is_first_stage:
+            if ranks.topology.num_ranks > 1:
+                tokens = ranks.of_first(torch.tensor(tokens, device=self.device)).tolist()
+            self._last_sampled[rows] = tokens
+        return result
 
     def _with_sampled(self, command: StepCommand) -> StepCommand:
         """Tokens in place of LAST_SAMPLED."""

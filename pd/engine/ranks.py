@@ -173,11 +173,13 @@ class Ranks:
         self.is_first_stage = coord.pp == 0
         self.is_last_stage = coord.pp == topology.pp - 1
         self.samples = self.is_last_stage and coord.tp == coord.cp == 0
-        """Whether this rank tells the tokens."""
-        self.draws = self.samples or topology.pp == 1
-        """Whether it draws them: all ranks of the only stage have all logits, and draw alike, so
-        that each knows what the next step begins with."""
+        """Whether this rank draws the tokens."""
         self.limit(timeout_s)
+
+    def of_first(self, values: torch.Tensor) -> torch.Tensor:
+        """What the first rank of this stage gives, on all ranks of it."""
+        own = values if self.coord.tp == self.coord.cp == 0 else torch.zeros_like(values)
+        return self.cp.all_reduce(self.tp.all_reduce(own))
 
     def _is_beside(self, rank: int, *fields: str) -> bool:
         other = self.topology.coord(rank)

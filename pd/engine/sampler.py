@@ -6,7 +6,8 @@ tokens depend neither on the batch nor on the replica, and a request continued e
 unchanged. Sums whose order may differ with the batch are in double precision. Rows are places in
 the running batch; a row's settings are set by `start_row` and valid until the next one.
 
-All rows are sampled at once, and the device is waited for once, when the tokens are read.
+All rows are sampled at once, and the device is waited for when the tokens are read; again for
+logprobs, and where top-p keeps very many.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NUCLEUS_GUESS = 1024
 _UNDECIDED = -1
 _SETTINGS = np.dtype(
     [
-        ("temperature", "f8"),
+        ("temperature", "f4"),
         ("top_k", "i8"),
         ("top_p", "f8"),
         ("min_p", "f8"),
@@ -75,7 +76,6 @@ class Sampler:
             -1 if params.logprobs is None else params.logprobs,
             is_adjusted,
         )
-        self._history.end_row(start.row)
         if is_adjusted:
             self._history.start_row(start)
 
@@ -90,11 +90,9 @@ class Sampler:
         raw = logits = logits.float()
         adjusted = np.flatnonzero(settings["is_adjusted"])
         if len(adjusted):
-            logits = logits.clone()
             places = self._tensor(adjusted)
-            logits[places] = self._history.adjust(
-                logits[places], rows[adjusted], position[adjusted]
-            )
+            others = self._history.adjust(logits[places], rows[adjusted], position[adjusted])
+            logits = logits.index_copy(0, places, others)
         tokens = logits.argmax(-1)
         random = np.flatnonzero(settings["temperature"] > 0)
         if len(random):
@@ -202,9 +200,7 @@ def _is_plain(params: SamplingParams) -> bool:
 class _Past:
     """Of a row with penalties, bias or a minimum length."""
 
-    def __init__(self, start: RowStart, place: int) -> None:
-        self.place = place
-        """In the history."""
+    def __init__(self, start: RowStart) -> None:
         self.params = params = start.sampling
         self.prompt_len = start.prompt_len
         self.bias_ids = np.fromiter(params.logit_bias, np.int64)
@@ -213,41 +209,31 @@ class _Past:
 
 
 class _History:
-    """What rows with penalties have had, on the device; it takes no memory while there are none."""
+    """What rows with penalties have had, on the device; no memory is taken for rows above the
+    highest such row so far."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._pasts: dict[int, _Past] = {}
         """By row."""
-        self._free: list[int] = []
         self._counts = torch.zeros(0, vocab_size, device=device)
-        """(places, vocabulary): how often a token was generated."""
+        """(rows, vocabulary): how often a token was generated."""
         self._is_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        """(places, vocabulary): for repetition penalties."""
-
-    def end_row(self, row: int) -> None:
-        past = self._pasts.pop(row, None)
-        if past is not None:
-            self._free.append(past.place)
+        """(rows, vocabulary): for repetition penalties."""
 
     def start_row(self, start: RowStart) -> None:
-        if not self._free:
-            self._grow()
-        past = self._pasts[start.row] = _Past(start, self._free.pop())
+        row, more = start.row, start.row + 1 - len(self._counts)
+        if more > 0:
+            self._counts = functional.pad(self._counts, (0, 0, 0, more))
+            self._is_prompt = functional.pad(self._is_prompt, (0, 0, 0, more))
+        self._pasts[row] = past = _Past(start)
         tokens = _on_device(start.tokens.astype(np.int64), self._device)
         prompt, output = tokens[: start.prompt_len], tokens[start.prompt_len :]
         counts = torch.bincount(output, minlength=self._counts.shape[1])
-        self._counts[past.place] = counts.float()
-        self._is_prompt[past.place] = False
+        self._counts[row] = counts.float()
+        self._is_prompt[row] = False
         if past.params.repetition_penalty != 1.0:
-            self._is_prompt[past.place, prompt] = True
-
-    def _grow(self) -> None:
-        size = len(self._counts)
-        more = max(4, size)
-        self._counts = functional.pad(self._counts, (0, 0, 0, more))
-        self._is_prompt = functional.pad(self._is_prompt, (0, 0, 0, more))
-        self._free += range(size, size + more)
+            self._is_prompt[row, prompt] = True
 
     def adjust(
         self,
@@ -257,7 +243,7 @@ class _History:
     ) -> torch.Tensor:
         """(rows, vocabulary); `positions`: of the tokens to come."""
         pasts = [self._pasts[int(row)] for row in rows]
-        places = self._places(rows)
+        places = _on_device(rows.astype(np.int64), self._device)
         counts = self._counts[places]
         fields = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         penalties = [[getattr(past.params, name) for past in pasts] for name in fields]
@@ -282,11 +268,8 @@ class _History:
         return logits
 
     def append(self, rows: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64]) -> None:
-        self._counts[self._places(rows), _on_device(tokens, self._device)] += 1
-
-    def _places(self, rows: npt.NDArray[np.int32]) -> torch.Tensor:
-        places = [self._pasts[int(row)].place for row in rows]
-        return _on_device(np.array(places), self._device)
+        index = _on_device(np.stack((rows.astype(np.int64), tokens)), self._device)
+        self._counts[index[0], index[1]] += 1
 
     def _indices(self, entries: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         items, ids = _on_device(entries, self._device)

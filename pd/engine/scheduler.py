@@ -421,11 +421,11 @@ class Scheduler:
         return self._command(items)
 
     def _left(self, sequence: Tracked) -> int:
-        """Tokens to plan; one whose place is known but not yet itself counts, if it is not the last
-        one, nor the only one that is wanted here."""
+        """Tokens that could be planned. Looking ahead, also the one that is being sampled, unless
+        it is the last one, or the first (of a prompt that is handed over, no more is wanted)."""
         left = sequence.length - sequence.num_planned
         if left or not self._looks_ahead or not sequence.num_in_flight:
-            return left
+            return max(0, left)
         return int(0 < sequence.num_output < sequence.params.max_tokens - 1)
 
     def _plannable(self) -> tuple[list[Tracked], list[Tracked]]:
@@ -434,7 +434,7 @@ class Scheduler:
         prefills: list[Tracked] = []
         for sequence in self.running:
             left = self._left(sequence)
-            if left > 0 and sequence not in self.dropped:
+            if left and sequence not in self.dropped:
                 (singles if left == 1 else prefills).append(sequence)
         return sorted(singles, key=_by_class), sorted(prefills, key=_by_class)
 
