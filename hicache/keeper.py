@@ -147,11 +147,8 @@ class Keeper:
             return  # repeated, or overtaken by what closed it
         match message:
             case Find() | Offer():
-                is_allowed = len(exchanges) < MAX_OPEN
                 if message.serial not in exchanges:
-                    self._open(client, message, is_allowed, now)
-                    if not is_allowed:
-                        ended.add(message.serial)
+                    self._open(client, message, len(exchanges) < MAX_OPEN, now)
             case Take():
                 search = exchanges.get(message.serial)
                 if isinstance(search, _Search) and search.prefetch is not None:

@@ -128,7 +128,7 @@ class Leader:
     ) -> None:
         """`on_stored`: these pages of a sequence may have entered the index. `max_in_flight`:
         steps; their `StepDone` come in their order. `looks_ahead`: one more while tokens are
-        sampled, for a replica of one stage. `max_context`: tokens of a request that the
+        sampled (pd/engine/scheduler.py). `max_context`: tokens of a request that the
         pools hold."""
         if index.cp != topology.cp:
             raise ValueError(f"an index of cp {index.cp} for a replica of {topology}")

@@ -188,7 +188,7 @@ class ReplicaNode(Node):
             spec.transfer.verify,
             cache,
             max_in_flight=topology.pp,
-            looks_ahead=topology.pp == 1,
+            looks_ahead=runner.graphs is not None,
             max_context=start.max_context,
             **({"on_stored": self._stored} if publishes else {}),
         )

@@ -1,5 +1,10 @@
+import hypothesis
 import pytest
 import real_cluster
+
+# The same examples in every run, on every machine.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

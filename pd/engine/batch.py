@@ -15,7 +15,8 @@ import numpy.typing as npt
 from pd.messages import Int32Array, SamplingParams, TokenLogprob
 
 LAST_SAMPLED = -1
-"""In a command: the token that was last sampled for the row, by a step that may still run."""
+"""In a command: the token that was last sampled for the row, by a step that may still run. For a
+replica of one rank."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -145,14 +145,15 @@ class StepGraphs:
         if shape is not None and shape not in self._captured:
             self._capture(shape)
 
-    def capture_all(self, max_tokens: int) -> None:
-        """For steps of up to so many tokens, as far as this model's steps can be captured. Not
-        while anything else works on the device."""
+    def capture_all(self, max_tokens: int) -> bool:
+        """For steps of up to so many tokens, as far as this model's steps can be captured; False:
+        none can. Not while anything else works on the device."""
         chunks = self._chunks[: bisect.bisect_left(self._chunks, max_tokens, key=_tokens) + 1]
         # The largest first: others find room in its memory.
         for shape in (*reversed(chunks), *reversed(self._decodes)):
             if not self._capture(shape):
-                return
+                break
+        return bool(self._captured)
 
     @torch.inference_mode()
     def _capture(self, shape: Shape) -> bool:

@@ -140,9 +140,9 @@ class ModelRunner:
     def warm_up(self, max_tokens: int) -> None:
         """Run a chunk and a single token through the null page, so that the first request does not
         pay for what libraries set up on first use. `max_tokens`: of a step."""
-        if self.graphs is not None:
-            # Before the largest step, so that what does not fit does not fit now.
-            self.graphs.capture_all(max_tokens)
+        # Before the largest step, so that what does not fit does not fit now.
+        if self.graphs is not None and not self.graphs.capture_all(max_tokens):
+            self.graphs = None
         graphs, self.graphs = self.graphs, None
         params = SamplingParams(max_tokens=1, temperature=0.0)
         for count in (min(max_tokens, self._max_context), 1):
@@ -246,25 +246,15 @@ class ModelRunner:
         self._sampled = np.flatnonzero(local[last] >= 0), len(last)
         keep = self._tensor(local[last[self._sampled[0]]])
         logits = self.model(logits_to_keep=keep, **inputs).logits[0]
-        return self._sample(logits, command)
+        return self._sample(logits, command) if self.ranks.samples else StepResult([], [], 0.0)
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, command: StepCommand) -> StepResult:
-        """On all ranks of the last stage. If that is the first one too, each of them has to know
-        what the next step begins with."""
         if not len(logits):
             return StepResult([], [], 0.0)
-        ranks, rows = self.ranks, command.rows[command.sample]
-        result = StepResult([], [], 0.0)
-        tokens = [0] * len(rows)
-        if ranks.samples:
-            tokens, logprobs = self._sampler.sample(logits, command)
-            result = StepResult(tokens, logprobs, 0.0)
-        if ranks.is_first_stage:
-            if ranks.topology.num_ranks > 1:
-                tokens = ranks.of_first(torch.tensor(tokens, device=self.device)).tolist()
-            self._last_sampled[rows] = tokens
-        return result
+        tokens, logprobs = self._sampler.sample(logits, command)
+        self._last_sampled[command.rows[command.sample]] = tokens
+        return StepResult(tokens, logprobs, 0.0)
 
     def _with_sampled(self, command: StepCommand) -> StepCommand:
         """Tokens in place of LAST_SAMPLED."""

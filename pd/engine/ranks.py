@@ -176,11 +176,6 @@ class Ranks:
         """Whether this rank draws the tokens."""
         self.limit(timeout_s)
 
-    def of_first(self, values: torch.Tensor) -> torch.Tensor:
-        """What the first rank of this stage gives, on all ranks of it."""
-        own = values if self.coord.tp == self.coord.cp == 0 else torch.zeros_like(values)
-        return self.cp.all_reduce(self.tp.all_reduce(own))
-
     def _is_beside(self, rank: int, *fields: str) -> bool:
         other = self.topology.coord(rank)
         return all(getattr(other, field) == getattr(self.coord, field) for field in fields)

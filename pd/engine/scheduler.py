@@ -166,8 +166,9 @@ class Scheduler:
     ) -> None:
         """`on_published`: these pages of a sequence are complete and in the index. `on_reused`: so
         many leading pages were found there. `fetch`: whether to wait for pages from other tiers;
-        the sequence is then `add`ed again. `max_in_flight`: steps. `looks_ahead`: ranks put in the
-        tokens that they sampled, so a replica of one stage."""
+        the sequence is then `add`ed again. `max_in_flight`: steps. `looks_ahead`: the rank
+        puts in what it sampled; for a replica of one, whose steps take nothing of the interpreter.
+        """
         self.index = index
         self.turns = Turns()
         self.landed: WaitingQueue[Tracked] = WaitingQueue(self.turns)

@@ -168,6 +168,7 @@ def test_sixteen_at_once(served: Served) -> None:
     served.check_at_once([served.prompt(20 + 6 * i, 450 + i) for i in range(16)], 20)
 
 
+@pytest.mark.long
 def test_two_replicas_of_each_role(
     start_cluster: Callable[..., Cluster],
     tiny_folder: Callable[[str], Path],

@@ -124,7 +124,7 @@ class SimReplica:
             verify=verify,
             cache=cache,
             max_in_flight=topology.pp,
-            looks_ahead=topology.pp == 1,
+            looks_ahead=topology.num_ranks == 1,
         )
         self.token_seconds = token_seconds
         self.frozen: list[Event] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pd.rollout import Drain, Replica, Start, Turn, plan_rollout, version_of
@@ -101,6 +101,7 @@ def test_a_name_that_a_turned_replica_has_is_taken() -> None:
     counts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=6),
     choices=st.lists(st.integers(0, 10), max_size=40),
 )
+@example(counts=[(0, 0), (4, 4), (0, 0), (0, 2), (0, 0)], choices=[])
 def test_replicas_turn_until_the_roles_have_what_they_want(
     counts: list[tuple[int, int]], choices: list[int]
 ) -> None:
@@ -114,13 +115,12 @@ def test_replicas_turn_until_the_roles_have_what_they_want(
     for number, choice in enumerate(moves):
         at = min(number * (len(later) + 4) // len(moves), len(later) - 1)
         desired = dict(zip(("prefill", "decode"), later[at], strict=True))
-        for action in plan_rollout(list(there.values()), desired, versions):
+        actions = plan_rollout(list(there.values()), desired, versions)
+        for action in actions:
             one = there.get(action.name)
             match action:
                 case Start(role, name):
                     assert one is None
-                    spare = [r for r in there.values() if r.is_draining and r.role != role]
-                    assert all(r.becomes for r in spare)
                     fields = {"is_running": False, "role": role}
                     there[name] = dataclasses.replace(replica(name), **fields)
                 case Turn(name, role):
@@ -132,6 +132,8 @@ def test_replicas_turn_until_the_roles_have_what_they_want(
                     there[name] = dataclasses.replace(one, is_draining=True, becomes=None)
                 case Drain(name):
                     del there[name]
+        for role in {action.role for action in actions if isinstance(action, Start)}:
+            assert all(r.becomes for r in there.values() if r.is_draining and r.role != role)
         moving = [r for r in there.values() if r.is_draining or not r.is_running]
         if moving:
             one = moving[choice % len(moving)]
